@@ -55,6 +55,7 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         number_budget: positions that the head drafts for a number.
         array_budget: items that the head drafts for an array.
         max_value_tokens: hard limit of one value in the autoregressive reference.
+        max_call_tokens: length from which a call takes only what its schema requires, so that it comes to an end.
         noise_schedule: "log_linear", "cosine" or "linear".
         noise_eps: probability of a clean token at time 1, and the smallest time that is trained.
         loss_weighting: weight of a row's cross-entropy: "schedule" (likelihood bound), "count" (slots / masked slots)
@@ -88,6 +89,7 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         number_budget: int = 12,
         array_budget: int = 4,
         max_value_tokens: int = 256,
+        max_call_tokens: int = 1024,
         noise_schedule: str = "log_linear",
         noise_eps: float = 1e-3,
         loss_weighting: str = "schedule",
@@ -116,6 +118,7 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         self.number_budget = number_budget
         self.array_budget = array_budget
         self.max_value_tokens = max_value_tokens
+        self.max_call_tokens = max_call_tokens
         self.noise_schedule = noise_schedule
         self.noise_eps = noise_eps
         self.loss_weighting = loss_weighting
@@ -151,7 +154,7 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         """
         for name in ("head_hidden_size", "head_num_layers", "head_num_heads", "head_intermediate_size"):
             _check_positive_int(name, getattr(self, name))
-        for name in ("string_budget", "number_budget", "array_budget", "max_value_tokens"):
+        for name in ("string_budget", "number_budget", "array_budget", "max_value_tokens", "max_call_tokens"):
             _check_positive_int(name, getattr(self, name))
         if self.head_hidden_size % (2 * self.head_num_heads):
             raise ValueError(

@@ -30,7 +30,8 @@ class PromptMemory:
     Args:
         keys: per layer, [batch, heads, prompt, head_dim], rotated to their positions.
         values: per layer, [batch, heads, prompt, head_dim].
-        copy_keys: [batch, prompt, copy_dim].
+        copy_keys: [batch, prompt, copy_dim], what the pointer is matched with.
+        copy_values: [batch, prompt, copy_dim], what the head learns of the token it points at.
         prompt_ids: long [batch, prompt].
         mask: bool [batch, prompt], False at padding.
         lengths: long [batch], real tokens per prompt.
@@ -39,6 +40,7 @@ class PromptMemory:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     copy_keys: Tensor
+    copy_values: Tensor
     prompt_ids: Tensor
     mask: Tensor
     lengths: Tensor
@@ -53,6 +55,7 @@ class PromptMemory:
             keys=tuple(layer[rows] for layer in self.keys),
             values=tuple(layer[rows] for layer in self.values),
             copy_keys=self.copy_keys[rows],
+            copy_values=self.copy_values[rows],
             prompt_ids=self.prompt_ids[rows],
             mask=self.mask[rows],
             lengths=self.lengths[rows],
@@ -91,7 +94,7 @@ class SchemaDiffusionHead(nn.Module):
         self.output_norm = nn.RMSNorm(base_width, eps=eps)
         self.null_output = _linear(base_width, 1, bias=True, init_scale=0.0)
         self.copy_gate = _linear(width, 1, bias=True, init_scale=0.0)  # starts neutral: half language, half copying
-        self.copy_reader = CopyReader(config)
+        self.copy_reader = CopyReader(config, eps)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,11 +119,13 @@ class SchemaDiffusionHead(nn.Module):
         # Padding is zeroed, so that nothing that reads a neighbour can see it.
         fused = fused * prompt_mask[..., None].to(fused.dtype)
         rotation = self._rotation(real_positions(prompt_mask))
+        copy_keys, copy_values = self.copy_reader.encode(fused)
         pairs = [layer.prompt_keys_values(fused, rotation) for layer in self.layers]  # type: ignore[operator]
         return PromptMemory(
             keys=tuple(key for key, _ in pairs),
             values=tuple(value for _, value in pairs),
-            copy_keys=self.copy_reader.encode(fused),
+            copy_keys=copy_keys,
+            copy_values=copy_values,
             prompt_ids=prompt_ids,
             mask=prompt_mask,
             lengths=prompt_mask.sum(-1),
@@ -128,8 +133,11 @@ class SchemaDiffusionHead(nn.Module):
 
     def forward(
         self, scaffold_ids: Tensor, scaffold_mask: Tensor, memory: PromptMemory, time: Tensor, embedding_weight: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Run the blocks over a scaffold.
+
+        The pointer is computed before the last block, which then sees where every position points, so that it can tell
+        copying from writing and the end of a copied value from its middle.
 
         Args:
             scaffold_ids: long [batch, scaffold]; MASK and NULL have the two ids after the vocabulary.
@@ -139,7 +147,8 @@ class SchemaDiffusionHead(nn.Module):
             embedding_weight: [vocab, base_width], the base's input embeddings, detached.
 
         Returns:
-            Hidden states [batch, scaffold, width], normalised, for `slot_log_probs`.
+            Hidden states [batch, scaffold, width] and pointer log-probabilities, float32 [batch, scaffold, prompt], both
+            for `slot_log_probs`.
         """
         hidden = self._embed(scaffold_ids, embedding_weight) + self._embed_time(time)[:, None]
         positions = memory.lengths[:, None] + real_positions(scaffold_mask)
@@ -147,14 +156,17 @@ class SchemaDiffusionHead(nn.Module):
         # Every query sees the same keys: the real prompt tokens and the real scaffold tokens. [batch, 1, 1, prompt +
         # scaffold]
         key_mask = torch.cat([memory.mask, scaffold_mask], dim=-1)[:, None, None]
-        for layer, keys, values in zip(self.layers, memory.keys, memory.values, strict=True):
-            hidden = layer(hidden, keys, values, key_mask, rotation)
-        return self.final_norm(hidden)
+        for index, layer in enumerate(self.layers):
+            if index == len(self.layers) - 1:
+                pointer, context = self.copy_reader(hidden, scaffold_ids, memory)
+                hidden = hidden + context
+            hidden = layer(hidden, memory.keys[index], memory.values[index], key_mask, rotation)
+        return self.final_norm(hidden), pointer
 
     def slot_log_probs(
         self,
         hidden: Tensor,
-        scaffold_ids: Tensor,
+        pointer: Tensor,
         slot_index: tuple[Tensor, Tensor],
         memory: PromptMemory,
         lm_head: Callable[[Tensor], Tensor],
@@ -166,8 +178,8 @@ class SchemaDiffusionHead(nn.Module):
         tokens another; a learned gate mixes them.
 
         Args:
-            hidden: [batch, scaffold, width], what `forward` returned.
-            scaffold_ids: long [batch, scaffold], the ids that were put in.
+            hidden: [batch, scaffold, width], from `forward`.
+            pointer: [batch, scaffold, prompt], from `forward`.
             slot_index: rows and positions, two long tensors of one shape [...]; only these positions cost
                 vocabulary-sized work.
             memory: the encoded prompt.
@@ -179,8 +191,7 @@ class SchemaDiffusionHead(nn.Module):
         rows, positions = slot_index
         chosen = hidden[rows, positions]  # [..., width]
         language = self._language_log_probs(chosen, lm_head)
-        pointer = self.copy_reader(hidden, scaffold_ids, memory)[rows, positions]  # [..., prompt], log-probabilities
-        copied = torch.zeros_like(language).scatter_add(-1, memory.prompt_ids[rows], pointer.exp())
+        copied = torch.zeros_like(language).scatter_add(-1, memory.prompt_ids[rows], pointer[rows, positions].exp())
         gate = self.copy_gate(chosen).float()
         # The smallest normal number keeps the logarithm, and its gradient, finite where nothing is copied.
         log_copied = copied.clamp_min(torch.finfo(copied.dtype).tiny).log() + F.logsigmoid(gate)
@@ -287,22 +298,36 @@ class CopyReader(nn.Module):
     the neighbour of a prompt token raises that token's score.
     """
 
-    def __init__(self, config: SmolLMDiffusionConfig) -> None:
+    def __init__(self, config: SmolLMDiffusionConfig, eps: float) -> None:
         super().__init__()
         width = config.head_hidden_size
         copy_width = max(1, width // _COPY_WIDTH_DIVISOR)
         self.scale = 1 / math.sqrt(copy_width)
-        self.key_proj = _linear(width, copy_width)
+        self.norm = nn.RMSNorm(width, eps=eps)
+        self.key_value_proj = _linear(width, 2 * copy_width)
         self.query_proj = _linear(width, copy_width)
+        self.context_out = _linear(copy_width, width)
         self.stride_gates = _linear(width, len(_COPY_STRIDES), bias=True, init_bias=-1.0)
         self.neighbour_weights = _linear(width, 2, bias=True, init_bias=1.0)  # left, right
 
-    def encode(self, fused: Tensor) -> Tensor:
-        """Copy keys [batch, prompt, copy_dim] of a fused prompt [batch, prompt, width]."""
-        return self.key_proj(fused)
+    def encode(self, fused: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy keys and values [batch, prompt, copy_dim] of a fused prompt [batch, prompt, width]."""
+        keys, values = self.key_value_proj(fused).chunk(2, dim=-1)
+        return keys, values
 
-    def forward(self, hidden: Tensor, scaffold_ids: Tensor, memory: PromptMemory) -> Tensor:
-        """Log-probabilities over prompt positions, float32 [batch, scaffold, prompt]; padding has -inf."""
+    def forward(self, hidden: Tensor, scaffold_ids: Tensor, memory: PromptMemory) -> tuple[Tensor, Tensor]:
+        """Point from every scaffold position at prompt positions.
+
+        Args:
+            hidden: [batch, scaffold, width].
+            scaffold_ids: long [batch, scaffold].
+            memory: the encoded prompt.
+
+        Returns:
+            Log-probabilities over prompt positions, float32 [batch, scaffold, prompt], hugely negative at padding; and what
+            is read there, [batch, scaffold, width].
+        """
+        hidden = self.norm(hidden)
         scores = torch.matmul(self.query_proj(hidden), memory.copy_keys.transpose(1, 2)).float() * self.scale
         weights = self.neighbour_weights(hidden).float()
         for index, step in enumerate((1, -1)):
@@ -311,7 +336,9 @@ class CopyReader(nn.Module):
         gates = self.stride_gates(hidden).float().sigmoid()
         for index, stride in enumerate(_COPY_STRIDES):
             scores = scores + gates[..., index, None] * _shift(_shift(scores, stride, dim=1), stride, dim=2)
-        return F.log_softmax(scores.masked_fill(~memory.mask[:, None], torch.finfo(scores.dtype).min), dim=-1)
+        pointer = F.log_softmax(scores.masked_fill(~memory.mask[:, None], torch.finfo(scores.dtype).min), dim=-1)
+        read = torch.matmul(pointer.exp().to(hidden.dtype), memory.copy_values)
+        return pointer, self.context_out(read)
 
 
 def neighbours_match(scaffold_ids: Tensor, memory: PromptMemory, step: int) -> Tensor:

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logg
 
 from .configuration_smollm_diffusion import SmolLMDiffusionConfig
 from .diffusion_head import PromptMemory, SchemaDiffusionHead, init_head_weights
+from .generation_smollm_diffusion import SchemaGenerationMixin
 from .noise_schedule import build_schedule, sample_mask, sample_times
 
 logger = logging.get_logger(__name__)
@@ -78,7 +79,7 @@ class SmolLMDiffusionPreTrainedModel(PreTrainedModel):
         init_head_weights(module, self.config.initializer_range)
 
 
-class SmolLMDiffusionForCausalLM(SmolLMDiffusionPreTrainedModel, GenerationMixin):
+class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTrainedModel, GenerationMixin):
     """A causal language model whose tool calls are drafted by a masked-diffusion head.
 
     Args:
@@ -243,10 +244,12 @@ class SmolLMDiffusionForCausalLM(SmolLMDiffusionPreTrainedModel, GenerationMixin
         Returns:
             Float32 log-probabilities [batch, positions, vocab + 2]; MASK is -inf, NULL the last index.
         """
-        hidden = self.diffusion_head(scaffold_ids, scaffold_mask.bool(), memory, time, self._embedding_weight())
+        hidden, pointer = self.diffusion_head(
+            scaffold_ids, scaffold_mask.bool(), memory, time, self._embedding_weight()
+        )
         rows = torch.arange(len(scaffold_ids), device=scaffold_ids.device)[:, None].expand_as(slot_positions)
         return self.diffusion_head.slot_log_probs(
-            hidden, scaffold_ids, (rows, slot_positions), memory, self.get_output_embeddings()
+            hidden, pointer, (rows, slot_positions), memory, self.get_output_embeddings()
         )
 
     def _embedding_weight(self) -> Tensor:
@@ -273,10 +276,10 @@ class SmolLMDiffusionForCausalLM(SmolLMDiffusionPreTrainedModel, GenerationMixin
         # The head is told the fraction that is really masked, because that is what it is told when it drafts.
         fraction = masked_slots / slots.clamp_min(1)
         noisy_ids = clean_ids.masked_fill(masked, self.config.mask_token_id)
-        hidden = self.diffusion_head(noisy_ids, scaffold_mask, memory, fraction, self._embedding_weight())
+        hidden, pointer = self.diffusion_head(noisy_ids, scaffold_mask, memory, fraction, self._embedding_weight())
         rows, positions = masked.nonzero(as_tuple=True)
         log_probs = self.diffusion_head.slot_log_probs(
-            hidden, noisy_ids, (rows, positions), memory, self.get_output_embeddings()
+            hidden, pointer, (rows, positions), memory, self.get_output_embeddings()
         )  # [masked, vocab + 2]
 
         if self.config.loss_weighting == "schedule":
