@@ -1,7 +1,9 @@
-"""Tokens and text of this model: special tokens, chat template, tool normalisation, the exact tokens of a call, tokenizer building.
+"""Tokens and text of this model: special tokens, chat template, tool normalisation, the exact tokens of a call,
+tokenizer building.
 
-Takes tools, messages and any fast tokenizer; gives OpenAI-style tool dicts, call tokens and a tokenizer with our template.
-Knows nothing of models, grammars or training. The template's text lies in `chat_template.jinja` beside this file.
+Takes tools, messages and any fast tokenizer; gives OpenAI-style tool dicts, call tokens and a tokenizer with our
+template. Knows nothing of models, grammars or training. The template's text lies in `chat_template.jinja` beside this
+file.
 """
 
 import json
@@ -42,8 +44,9 @@ CALL_OPENING = '\n{"name": "'
 
 # A Unicode noncharacter: no ordinary text holds it, and texts that do are escaped by doubling it up with a digit.
 _MARK = "\ufdd0"
-# A lone space is a token of its own, so a word has the same tokens behind a space and behind a quote: copying a value out of the
-# prompt is identity on tokens. Punctuation takes a following space and quote, which makes `": "` and `", "` one token each.
+# A lone space is a token of its own, so a word has the same tokens behind a space and behind a quote: copying a value
+# out of the prompt is identity on tokens. Punctuation takes a following space and quote, which makes
+# `": "` and `", "` one token each.
 _SPLIT = r'[\p{L}\p{M}]+|\p{N}| |[^\s\p{L}\p{M}\p{N}]+(?: "?)?|\s+'
 
 RESPONSE_TEMPLATE: dict[str, Any] = {
@@ -72,7 +75,8 @@ def escape_content(text: str) -> str:
         text: any text.
 
     Returns:
-        The marked text: the same tokens as `text` would have if it held no added token. The chat template does the same.
+        The marked text: the same tokens as `text` would have if it held no added token. The chat template does the
+        same.
     """
     return text.replace(_MARK, _MARK + "0").replace("<", "<" + _MARK + "1")
 
@@ -85,10 +89,10 @@ def call_segments(name: str, arguments: dict[str, Any]) -> list[str]:
         arguments: JSON object of the arguments.
 
     Returns:
-        `<tool_call>`, the opening, the escaped name, then fixed text and leaves in turn, and `</tool_call>`; fixed text is
-        also cut behind an empty object or array. Joined they are
-        `<tool_call>\\n` + `json.dumps({"name": ..., "arguments": ...}, ensure_ascii=False)` + `\\n</tool_call>`. An empty
-        string leaf is an empty segment.
+        `<tool_call>`, the opening, the escaped name, then fixed text and leaves in turn, and `</tool_call>`; fixed
+        text is also cut behind an empty object or array. Joined they are
+        `<tool_call>\\n` + `json.dumps({"name": ..., "arguments": ...}, ensure_ascii=False)` + `\\n</tool_call>`. An
+        empty string leaf is an empty segment.
 
     Raises:
         ValueError: the arguments are no JSON object (other types, NaN, keys that are not strings).
@@ -172,8 +176,8 @@ def normalise_tools(tools: Sequence[dict[str, Any] | Callable[..., Any]] | None)
     """Bring tools of any accepted form into the OpenAI form.
 
     Args:
-        tools: OpenAI tools `{"type": "function", "function": {...}}`, bare schemas `{"name", "description", "parameters"}` or Python
-            functions with type hints and a Google-style docstring; None is no tools.
+        tools: OpenAI tools `{"type": "function", "function": {...}}`, bare schemas `{"name", "description",
+            "parameters"}` or Python functions with type hints and a Google-style docstring; None is no tools.
 
     Returns:
         New OpenAI-style dicts; a tool without parameters gets an empty object schema. Schemas are not changed.
@@ -192,7 +196,8 @@ def normalise_tools(tools: Sequence[dict[str, Any] | Callable[..., Any]] | None)
         name = function["name"]
         if name in first_index:
             raise ValueError(
-                f"tools[{index}] and tools[{first_index[name]}] are both named {name!r}: give each tool a name of its own."
+                f"tools[{index}] and tools[{first_index[name]}] are both named {name!r}: "
+                "give each tool a name of its own."
             )
         first_index[name] = index
         normalised.append({"type": "function", "function": function})
@@ -202,7 +207,8 @@ def normalise_tools(tools: Sequence[dict[str, Any] | Callable[..., Any]] | None)
 def tools_from_prompt_ids(tokenizer: PreTrainedTokenizerFast, input_ids: Sequence[int]) -> list[dict[str, Any]] | None:
     """Read the tools back out of a prompt of our chat template.
 
-    Only the leading system block counts, found by the ids of the special tokens: text of users, tools and assistants cannot add tools.
+    Only the leading system block counts, found by the ids of the special tokens: text of users, tools and assistants
+    cannot add tools.
 
     Args:
         tokenizer: the tokenizer that made the prompt.
@@ -221,7 +227,7 @@ def tools_from_prompt_ids(tokenizer: PreTrainedTokenizerFast, input_ids: Sequenc
     try:
         tools = [json.loads(line) for line in lines[start + 1 : -1]]
     except json.JSONDecodeError as error:
-        raise ValueError(f"The <tools> block of the prompt holds a line that is not JSON ({error}): pass tools=...") from error
+        raise ValueError(f"The prompt's <tools> block holds a line that is not JSON ({error}): pass tools=.") from error
     return normalise_tools(tools)
 
 
@@ -235,7 +241,8 @@ def build_tokenizer(base: str | Path | PreTrainedTokenizerFast) -> PreTrainedTok
         The tokenizer. Ids of existing tokens stay; missing special tokens get new ids at the end.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or an added token does not start with `<` and so could not be escaped in content.
+        ValueError: the tokenizer is not a fast one, or an added token does not start with `<` and so could not be
+            escaped in content.
     """
     tokenizer = AutoTokenizer.from_pretrained(base) if isinstance(base, (str, Path)) else base
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -243,11 +250,13 @@ def build_tokenizer(base: str | Path | PreTrainedTokenizerFast) -> PreTrainedTok
     known = {token.content for token in tokenizer.added_tokens_decoder.values()}
     missing = [token for token in SPECIAL_TOKENS if token not in known]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS if token not in known])
+    markup = [token for token in MARKUP_TOKENS if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in markup])
     for token in tokenizer.added_tokens_decoder.values():
         if not token.content.startswith("<"):
             raise ValueError(
-                f"The added token {token.content!r} does not start with '<', so user text could forge it: remove it from the tokenizer."
+                f"The added token {token.content!r} does not start with '<', so user text could forge it: "
+                "remove it from the tokenizer."
             )
     tokenizer.backend_tokenizer.normalizer = _with_unescaping(tokenizer.backend_tokenizer.normalizer)
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = BOS_TOKEN, IM_END_TOKEN, PAD_TOKEN
@@ -316,12 +325,13 @@ def _tool_function(index: int, tool: Any) -> dict[str, Any]:
         function["parameters"] = {"type": "object", "properties": {}}
     parameters = function["parameters"]
     if not isinstance(parameters, dict) or parameters.get("type", "object") not in ("object", "dict"):
-        raise ValueError(f"tools[{index}] ({name!r}) has parameters that are not an object schema: {str(parameters)[:80]}.")
+        shown = str(parameters)[:80]
+        raise ValueError(f"tools[{index}] ({name!r}) has parameters that are not an object schema: {shown}.")
     return function
 
 
 def _leading_system_text(tokenizer: PreTrainedTokenizerFast, input_ids: Sequence[int]) -> str:
-    """Text of the block that opens the prompt, role line included; empty where the prompt does not open with a block."""
+    """Text of the block that opens the prompt, role line included; empty where the prompt opens without one."""
     start_id, end_id = tokenizer.convert_tokens_to_ids([IM_START_TOKEN, IM_END_TOKEN])
     skipped = {tokenizer.pad_token_id, tokenizer.bos_token_id}
     ids = [int(token) for token in input_ids]

@@ -19,7 +19,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the command line; see `python train_hf.py --help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stage", choices=["tokenizer", "base"], required=True, help="what to train")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with train/, text/ and dev/")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with train/, text/ and dev/"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     parser.add_argument("--seed", type=int, default=0)
     tokenizer = parser.add_argument_group("tokenizer")

@@ -1,1 +1,1 @@
-"""Training: data, base pre-training and the head. Imports the model's modules; nothing imports this package but `train_hf.py`."""
+"""Training: data, base pre-training and the head. Imports the model's modules; the model never imports it."""

@@ -1,7 +1,8 @@
 """Pre-training of the embedded default base: a small SmolLM3 from scratch that calls tools and chats a little.
 
-Takes rows of `training.data`; gives a plain transformers checkpoint (config, weights, tokenizer). The run is planned by wall clock, because
-it shares its cores: curriculum and learning rate follow the spent part of `max_minutes`, whatever the throughput.
+Takes rows of `training.data`; gives a plain transformers checkpoint (config, weights, tokenizer). The run is planned
+by wall clock, because it shares its cores: curriculum and learning rate follow the spent part of `max_minutes`,
+whatever the throughput.
 """
 
 import json
@@ -82,7 +83,7 @@ class BaseRun:
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> SmolLM3Config:
-    """The default base: 6.6M parameters, SmolLM3's layout (grouped queries, tied embeddings, every fourth layer without RoPE)."""
+    """Default base: 6.5M parameters in SmolLM3's layout (grouped queries, tied embeddings, one layer without RoPE)."""
     return SmolLM3Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -101,12 +102,13 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> SmolLM3Config:
 
 @torch.no_grad()
 def plant_induction(model: SmolLM3ForCausalLM, generator: torch.Generator) -> None:
-    """Set four heads of two layers so that the fresh model already copies: what followed the last occurrence of this token?
+    """Set four heads of two layers so that the fresh model already copies: what followed the last occurrence of this
+    token?
 
-    Copying values out of the prompt is most of a tool call, and finding it by gradient alone costs more tokens than a short CPU run sees.
-    In layer 0 one head of each group looks at the previous position and writes that token's projection into the residual; in the first
-    layer without RoPE one head of each group matches the current token with those projections and adds the embedding found there.
-    All weights stay trainable.
+    Copying values out of the prompt is most of a tool call, and finding it by gradient alone costs more tokens than a
+    short CPU run sees. In layer 0 one head of each group looks at the previous position and writes that token's
+    projection into the residual; in the first layer without RoPE one head of each group matches the current token
+    with those projections and adds the embedding found there. All weights stay trainable.
 
     Args:
         model: a freshly initialised model with tied embeddings.
@@ -117,13 +119,15 @@ def plant_induction(model: SmolLM3ForCausalLM, generator: torch.Generator) -> No
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     config = model.config
-    width, head, groups = config.hidden_size, config.hidden_size // config.num_attention_heads, config.num_key_value_heads
+    width, groups = config.hidden_size, config.num_key_value_heads
+    head = width // config.num_attention_heads
     per_group = config.num_attention_heads // groups
     basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
     constant = basis[0]
     token = basis[1 : 1 + groups * head].view(groups, head, width)  # projections that stand for a token
     slot = torch.linalg.qr(torch.randn(width, groups * head, generator=generator)).Q.T.reshape(groups, head, width)
-    # A direction shared by all embeddings acts as the bias that attention by position alone needs; it shifts all logits alike.
+    # A direction shared by all embeddings acts as the bias that attention by position alone needs; it shifts all
+    # logits alike.
     embeddings = model.model.embed_tokens.weight
     embeddings.add_(0.5 * embeddings.norm(dim=1).mean() * constant)
     theta = config.rope_parameters["rope_theta"]
@@ -162,7 +166,9 @@ class Batch:
     is_target: Tensor
 
 
-def collate(rows: list[Row], pad_id: int, prompt_share: float, prompt_weight: float, generator: torch.Generator) -> Batch:
+def collate(
+    rows: list[Row], pad_id: int, prompt_share: float, prompt_weight: float, generator: torch.Generator
+) -> Batch:
     """Pad rows and choose the positions to predict: the whole reply and a random share of the prompt."""
     length = max(map(len, rows))
     input_ids = torch.full((len(rows), length), pad_id)
@@ -222,8 +228,8 @@ def batches(stream: RowStream, style: PromptStyle, tokens_per_batch: int, rng: r
 def evaluate(model: SmolLM3ForCausalLM, rows: list[Row], pad_id: int) -> dict[str, float]:
     """Reply loss, token accuracy, decision accuracy and exact replies, with the gold reply as context.
 
-    A reply whose every token is the most likely one is what greedy generation would write, so `exact` is the share of greedy replies that
-    equal the gold one token for token.
+    A reply whose every token is the most likely one is what greedy generation would write, so `exact` is the share of
+    greedy replies that equal the gold one token for token.
     """
     model.eval()
     generator = torch.Generator()
@@ -239,7 +245,8 @@ def evaluate(model: SmolLM3ForCausalLM, rows: list[Row], pad_id: int) -> dict[st
             decisions, exact = decisions + float(row_hits[0]), exact + float(row_hits.all())
     model.train()
     count = max(len(rows), 1)
-    return {"loss": loss / max(tokens, 1), "token": correct / max(tokens, 1), "decision": decisions / count, "exact": exact / count}
+    per_token = {"loss": loss / max(tokens, 1), "token": correct / max(tokens, 1)}
+    return per_token | {"decision": decisions / count, "exact": exact / count}
 
 
 class BaseTrainer:
@@ -260,11 +267,10 @@ class BaseTrainer:
         self.generator = torch.Generator().manual_seed(options.seed + self.step)
         self.rng = random.Random(options.seed + self.step)
         self.stream = RowStream(options.data, tokenizer, seed=options.seed + self.step, follow_ups=options.follow_ups)
+        simple = [record for record in dev_records(options.data) if is_simple(record)]
         self.sets = {
             "seen tools": evaluation_rows(held_out_records(options.data)[: options.eval_rows], tokenizer),
-            "unseen tools": evaluation_rows(
-                [record for record in dev_records(options.data) if is_simple(record)][:: max(1, 507 // options.eval_rows)], tokenizer
-            ),
+            "unseen tools": evaluation_rows(simple[:: max(1, len(simple) // options.eval_rows)], tokenizer),
         }
 
     def run(self) -> None:
@@ -307,7 +313,8 @@ class BaseTrainer:
         progress = self.spent / (options.max_minutes * 60)
         style = next((style for until, style in CURRICULUM if progress < until), CURRICULUM[-1][1])
         for rows in batches(self.stream, style, options.tokens_per_batch, self.rng):
-            yield collate(rows, self.tokenizer.pad_token_id, options.prompt_share, options.prompt_weight, self.generator)
+            pad_id = self.tokenizer.pad_token_id
+            yield collate(rows, pad_id, options.prompt_share, options.prompt_weight, self.generator)
 
     def _update(self, batch: Batch) -> float:
         """One optimizer step; returns the mean loss of the reply tokens."""
@@ -325,7 +332,7 @@ class BaseTrainer:
         self.tokens += batch.input_ids.numel()
         value = float(losses.detach()[is_target].mean())
         if not math.isfinite(value):
-            raise FloatingPointError(f"The loss is {value} at step {self.step}: lower --lr and resume from the last checkpoint.")
+            raise FloatingPointError(f"The loss is {value} at step {self.step}: lower --lr and run again to resume.")
         return value
 
     def _evaluate(self) -> None:
@@ -338,7 +345,7 @@ class BaseTrainer:
         logger.info("%s", json.dumps(entry))
 
     def _save(self) -> None:
-        """Write weights, optimizer state and counters; the folder is replaced as a whole so that a crash leaves the old one."""
+        """Write weights, optimizer state and counters to a fresh folder, then put it in the place of the old one."""
         fresh = self.options.output / "checkpoint.new"
         fresh.mkdir(exist_ok=True)
         save_file({name: p.detach().clone() for name, p in self.model.named_parameters()}, fresh / "model.safetensors")
@@ -350,7 +357,8 @@ class BaseTrainer:
             for key, value in self.optimizer.state[parameter].items()
         }
         save_file(states, fresh / "optimizer.safetensors")
-        (fresh / "counters.json").write_text(json.dumps({"step": self.step, "tokens": self.tokens, "spent": self.spent}))
+        counters = {"step": self.step, "tokens": self.tokens, "spent": self.spent}
+        (fresh / "counters.json").write_text(json.dumps(counters))
         old = self.options.output / "checkpoint"
         if old.exists():
             for file in old.iterdir():

@@ -1,7 +1,7 @@
 """Training and evaluation rows out of the record files: which records, which prompt, which reply.
 
-Takes gzipped JSONL records (messages, tools, calls, optional answer and think); gives token rows in this model's chat template. Records
-of the two evaluation sets never become training rows. No torch, no model.
+Takes gzipped JSONL records (messages, tools, calls, optional answer and think); gives token rows in this model's chat
+template. Records of the two evaluation sets never become training rows. No torch, no model.
 """
 
 import gzip
@@ -82,7 +82,8 @@ class PromptStyle:
     Args:
         max_tools: most tools in one prompt; the tools a call needs are always kept.
         description_chars: descriptions are cut to this many characters; 0 leaves them out.
-        max_prompt_tokens: a prompt over this loses tools that are not needed; if that is not enough, the record is skipped.
+        max_prompt_tokens: a prompt over this loses tools that are not needed; if that is not enough, the record is
+            skipped.
         max_target_tokens: a record with a longer reply is skipped.
     """
 
@@ -108,7 +109,8 @@ class Row:
         tools: the tools the prompt shows, OpenAI style.
         calls: expected calls, `{"name", "arguments"}`; empty for text replies.
         messages: the conversation of the prompt.
-        follow_ups: further turns on the same tools, (tokens from the end of the last reply to the generation prompt, reply tokens).
+        follow_ups: further turns on the same tools, (tokens from the end of the last reply to the generation prompt,
+            reply tokens).
     """
 
     id: str
@@ -153,7 +155,8 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def held_out_records(data: Path, count: int = 200) -> list[Record]:
-    """The evaluation set of seen tools and unseen requests: one turn, one call with arguments, chosen by a hash of the id.
+    """The evaluation set of seen tools and unseen requests: one turn, one call with arguments, chosen by a hash of
+    the id.
 
     Args:
         data: folder with `train/`.
@@ -181,7 +184,9 @@ def is_simple(record: Record) -> bool:
     return len(record["messages"]) == 1 and len(record["calls"]) == 1
 
 
-def evaluation_rows(records: list[Record], tokenizer: PreTrainedTokenizerFast, style: PromptStyle = EVALUATION_STYLE) -> list[Row]:
+def evaluation_rows(
+    records: list[Record], tokenizer: PreTrainedTokenizerFast, style: PromptStyle = EVALUATION_STYLE
+) -> list[Row]:
     """Rows of an evaluation set: the same on every call.
 
     Args:
@@ -337,7 +342,9 @@ def tokenizer_texts(data: Path, per_source: int = 3000, seed: int = 0) -> Iterat
     banned = {_request_key(record) for record in held_out_records(data)}
     rng = random.Random(seed)
     for source in SOURCE_WEIGHTS:
-        records = [r for r in read_records(data / f"{source}.jsonl.gz") if not _shows_request(r, banned, substring=False)]
+        records = [
+            r for r in read_records(data / f"{source}.jsonl.gz") if not _shows_request(r, banned, substring=False)
+        ]
         for record in rng.sample(records, min(per_source, len(records))):
             for message in record["messages"]:
                 yield message.get("content") or ""
@@ -405,7 +412,11 @@ def _split_reply(record: Record, rng: random.Random) -> tuple[list[Record], str]
 
 def _target_ids(tokenizer: PreTrainedTokenizerFast, calls: list[Record], reply: str, think: str | None) -> list[int]:
     """Tokens of the reply: reasoning if there is some, then calls or text, then the end token."""
-    lead = f"{tokenization.THINK_TOKEN}\n{tokenization.escape_content(think)}\n{tokenization.THINK_END_TOKEN}\n" if think else ""
+    lead = (
+        f"{tokenization.THINK_TOKEN}\n{tokenization.escape_content(think)}\n{tokenization.THINK_END_TOKEN}\n"
+        if think
+        else ""
+    )
     ids: list[int] = tokenizer(lead, add_special_tokens=False)["input_ids"] if lead else []
     if calls:
         ids += tokenization.calls_token_ids(tokenizer, [(call["name"], call["arguments"]) for call in calls])
@@ -438,8 +449,10 @@ def shorten(schema: Any, description_chars: int) -> Any:
                 value = value[: description_chars + 1].rsplit(" ", 1)[0].rstrip(",.;:( ")[:description_chars]
             if not value:
                 continue
-        short[key] = {k: shorten(v, description_chars) for k, v in value.items()} if key == "properties" else (
-            value if key in ("enum", "default", "required", "const") else shorten(value, description_chars)
+        short[key] = (
+            {k: shorten(v, description_chars) for k, v in value.items()}
+            if key == "properties"
+            else (value if key in ("enum", "default", "required", "const") else shorten(value, description_chars))
         )
     return short
 

@@ -1,4 +1,5 @@
-"""Optimizers: Muon for the matrices and AdamW for the rest, as one torch optimizer, and the learning-rate shape over a run.
+"""Optimizers: Muon for the matrices and AdamW for the rest, as one torch optimizer, and the learning-rate shape over
+a run.
 
 Pure torch; knows nothing of models but the shapes and names of their parameters.
 """
@@ -16,8 +17,8 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on 2-D matrices inside the blocks, AdamW on embeddings, norms and biases.
 
-    torch's own Muon orthogonalises in bfloat16 and one matrix at a time, which a CPU without bfloat16 units does three times slower than
-    this float32 form that stacks equal shapes.
+    torch's own Muon orthogonalises in bfloat16 and one matrix at a time, which a CPU without bfloat16 units does
+    three times slower than this float32 form that stacks equal shapes.
 
     Args:
         named_parameters: (name, parameter) pairs; those that need no gradient are left out.
@@ -76,9 +77,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for shape, members in by_shape.items():
             updates = []
             for parameter in members:
+                gradient = _gradient(parameter)
                 buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                updates.append(parameter.grad.lerp(buffer, group["momentum"]))
+                buffer.lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(buffer, group["momentum"]))
             steps = orthogonalise(torch.stack(updates), group["iterations"])
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for parameter, update in zip(members, steps, strict=True):
@@ -93,10 +95,16 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state["step"] += 1
             count = float(state["step"])
-            state["mean"].lerp_(parameter.grad, 1 - first)
-            state["square"].lerp_(parameter.grad.square(), 1 - second)
+            gradient = _gradient(parameter)
+            state["mean"].lerp_(gradient, 1 - first)
+            state["square"].lerp_(gradient.square(), 1 - second)
             spread = (state["square"] / (1 - second**count)).sqrt_().add_(1e-8)
             parameter.addcdiv_(state["mean"], spread, value=-group["lr"] / (1 - first**count))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None  # `step` passes only parameters that have one
+    return parameter.grad
 
 
 def orthogonalise(updates: Tensor, iterations: int = 5) -> Tensor:
