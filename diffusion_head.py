@@ -147,8 +147,8 @@ class SchemaDiffusionHead(nn.Module):
             embedding_weight: [vocab, base_width], the base's input embeddings, detached.
 
         Returns:
-            Hidden states [batch, scaffold, width] and pointer log-probabilities, float32 [batch, scaffold, prompt], both
-            for `slot_log_probs`.
+            Hidden states [batch, scaffold, width] and pointer log-probabilities, float32 [batch, scaffold, prompt];
+            both are for `slot_log_probs`.
         """
         hidden = self._embed(scaffold_ids, embedding_weight) + self._embed_time(time)[:, None]
         positions = memory.lengths[:, None] + real_positions(scaffold_mask)
@@ -324,8 +324,8 @@ class CopyReader(nn.Module):
             memory: the encoded prompt.
 
         Returns:
-            Log-probabilities over prompt positions, float32 [batch, scaffold, prompt], hugely negative at padding; and what
-            is read there, [batch, scaffold, width].
+            Log-probabilities over prompt positions, float32 [batch, scaffold, prompt], hugely negative at padding;
+            and what is read there, [batch, scaffold, width].
         """
         hidden = self.norm(hidden)
         scores = torch.matmul(self.query_proj(hidden), memory.copy_keys.transpose(1, 2)).float() * self.scale

@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file, logging
 
 from .configuration_smollm_diffusion import SmolLMDiffusionConfig
@@ -128,7 +135,7 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
                 slots.
             scaffold_mask: [batch, scaffold], 0 at padding; None = no padding.
             slot_mask: [batch, scaffold], 1 at positions that may be noised and are scored.
-            loss_weights: float [batch, scaffold], multiplies the cross-entropy of a position; None = 1.
+            loss_weights: float [batch, scaffold], multiplies the cross-entropy of a position, 0 leaves it out; None = 1.
             noise_samples: noise draws per prompt that share one pass of the base.
             prompt_features: [batch, prompt, features], an earlier result of `prompt_features_of`; the base is then not
                 run.
@@ -277,10 +284,11 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
         fraction = masked_slots / slots.clamp_min(1)
         noisy_ids = clean_ids.masked_fill(masked, self.config.mask_token_id)
         hidden, pointer = self.diffusion_head(noisy_ids, scaffold_mask, memory, fraction, self._embedding_weight())
-        rows, positions = masked.nonzero(as_tuple=True)
+        chosen = masked & (weights > 0)  # vocabulary-sized work only where it counts
+        rows, positions = chosen.nonzero(as_tuple=True)
         log_probs = self.diffusion_head.slot_log_probs(
             hidden, pointer, (rows, positions), memory, self.get_output_embeddings()
-        )  # [masked, vocab + 2]
+        )  # [chosen, vocab + 2]
 
         if self.config.loss_weighting == "schedule":
             row_weights = schedule.loss_weight(times)
@@ -288,22 +296,22 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
             row_weights = slots / masked_slots.clamp_min(1)
         else:
             row_weights = torch.ones_like(times)
-        targets = clean_ids[masked]
+        targets = clean_ids[chosen]
         null_weights = torch.where(clean_ids == self.config.null_token_id, self.config.null_loss_weight, 1.0)
         position_weights = weights * null_weights
         # Weighted rows sum to all slots in expectation, unweighted ones to the masked slots.
         scored = masked if self.config.loss_weighting == "none" else slot_mask
         normaliser = (position_weights * scored).sum().clamp_min(torch.finfo(torch.float32).tiny)
-        scale = (position_weights * row_weights[:, None])[masked] / normaliser
+        scale = (position_weights * row_weights[:, None])[chosen] / normaliser
         return self._score(log_probs, targets, scale)
 
     def _score(self, log_probs: Tensor, targets: Tensor, scale: Tensor) -> SchemaDiffusionOutput:
         """Sum up loss and metrics.
 
         Args:
-            log_probs: [masked, vocab + 2].
-            targets: long [masked].
-            scale: float [masked], the share of each position in the loss.
+            log_probs: [chosen, vocab + 2], at the masked positions that are scored.
+            targets: long [chosen].
+            scale: float [chosen], the share of each position in the loss.
         """
         config = self.config
         nll = F.nll_loss(log_probs, targets, reduction="none")
@@ -377,8 +385,9 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
             ValueError: weights of the head are missing or unknown, or the base's checkpoint does not fit the config.
         """
         lookup = {name: kwargs[name] for name in _LOOKUP_ARGUMENTS if name in kwargs}
-        if isinstance(config, SmolLMDiffusionConfig):
-            head_only = config.head_only_checkpoint
+        # Any config object counts: remote code is imported once per entry file, so one class can exist twice.
+        if isinstance(config, PreTrainedConfig):
+            head_only = getattr(config, "head_only_checkpoint", False)
         elif pretrained_model_name_or_path is None:
             head_only = False
         else:
@@ -478,7 +487,7 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
     def _from_head_only(cls, source: Any, config: Any, lookup: dict[str, Any], **kwargs: Any) -> Any:
         """Load the base from where the config says, then the head's weights from `source`, strictly."""
         wants_info = kwargs.pop("output_loading_info", False)
-        if not isinstance(config, SmolLMDiffusionConfig):
+        if not isinstance(config, PreTrainedConfig):
             placement: dict[str, Any] = {name: kwargs.pop(name) for name in _DTYPE_ARGUMENTS if name in kwargs}
             config, kwargs = SmolLMDiffusionConfig.from_pretrained(
                 config or source, return_unused_kwargs=True, **kwargs
