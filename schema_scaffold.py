@@ -81,7 +81,7 @@ class Leaf:
 
     def text(self, value: Any) -> str:
         """The text of a JSON value as it stands in the call; the inverse of `value`."""
-        dumped = json.dumps(value, ensure_ascii=False)
+        dumped = json.dumps(value, ensure_ascii=False, allow_nan=False)
         return dumped[1:-1] if self.quoted else dumped
 
 
@@ -146,6 +146,8 @@ def compile_scaffold(tool: Mapping[str, Any]) -> Scaffold:
         raise UnsupportedSchemaError(
             function["name"], "", "type", "the parameters of a tool are an object: wrap the schema in one."
         )
+    if _least_leaves(root) > MAX_LEAVES:
+        raise compiler.refuse("", "required", f"more than {MAX_LEAVES} values are required: ask for fewer.")
     return Scaffold(function["name"], root)
 
 
@@ -199,13 +201,16 @@ class _Compiler:
 
     def closed(self, schema: Mapping[str, Any], pointer: str) -> Leaf:
         keyword = "const" if "const" in schema else "enum"
-        values = [schema["const"]] if keyword == "const" else schema["enum"]
-        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        listed = schema.get("enum", [None])
+        if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
             raise self.refuse(pointer, "enum", "an enum is a non-empty list of JSON values.")
-        if len(values) > MAX_CHOICES:
+        if len(listed) > MAX_CHOICES:
             raise self.refuse(pointer, "enum", f"more than {MAX_CHOICES} values: use a string and check it in your tool.")
-        if "const" in schema and "enum" in schema:
-            values = [value for value in values if value in schema["enum"]]
+        values = [schema["const"]] if keyword == "const" else list(listed)
+        if "const" in schema and "enum" in schema and self.text(schema["const"], pointer, "const") not in {
+            self.text(value, pointer, "enum") for value in listed
+        }:
+            raise self.refuse(pointer, "const", "it is not among the values of enum: no value fits both.")
         if "type" in schema:
             kind = schema["type"]
             if not isinstance(kind, str) or kind not in _PYTHON_TYPES:
@@ -217,13 +222,17 @@ class _Compiler:
         if not values:
             raise self.refuse(pointer, keyword, "no listed value has the declared type: correct the list or the type.")
         quoted = all(isinstance(value, str) for value in values)
-        leaf = Leaf("choice", pointer, quoted)
+        texts = dict.fromkeys(self.text(value, pointer, keyword) for value in values)
+        return Leaf("choice", pointer, quoted, tuple(text[1:-1] if quoted else text for text in texts))
+
+    def text(self, value: Any, pointer: str, keyword: str) -> str:
+        """The JSON text of a value that stands in the schema; text, not the value, tells true from 1."""
         try:
-            texts = tuple(dict.fromkeys(leaf.text(value) for value in values))
-            "".join(texts).encode()
-        except (TypeError, ValueError) as error:
-            raise self.refuse(pointer, keyword, f"a listed value is not JSON: {error}.") from None
-        return Leaf("choice", pointer, quoted, texts)
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self.refuse(pointer, keyword, f"a value is not JSON that can be written: {error}.") from None
+        return text
 
     def object(self, schema: Mapping[str, Any], pointer: str, depth: int) -> ObjectNode:
         self.check_keywords(schema, "object", pointer)
@@ -231,7 +240,7 @@ class _Compiler:
         required = schema.get("required", [])
         if not isinstance(properties, Mapping) or not all(isinstance(name, str) for name in properties):
             raise self.refuse(pointer, "properties", "properties is a JSON object of schemas.")
-        if not isinstance(required, Sequence) or isinstance(required, str):
+        if isinstance(required, str) or not isinstance(required, Sequence) or not all(isinstance(name, str) for name in required):
             raise self.refuse(pointer, "required", "required is a list of property names.")
         for name in required:
             if name not in properties:
@@ -248,6 +257,7 @@ class _Compiler:
         )
 
     def property(self, name: str, schema: Any, required: bool, pointer: str, depth: int) -> Property:
+        self.text(name, pointer, "properties")
         inner = f"{pointer}/properties/{_escape_pointer(name)}"
         if required and isinstance(schema, Mapping) and schema.get("nullable"):
             raise self.refuse(inner, "nullable", "a required value that may be null is not supported: make it optional.")
@@ -491,7 +501,7 @@ def draft_layout(scaffold: Scaffold, array_budget: int) -> Layout | None:
         array_budget: items laid out per array, at least 1.
 
     Returns:
-        The layout, or None when it would need more than `MAX_LEAVES` slots.
+        The layout, or None when it would need more than `MAX_LEAVES` slots, or many times as many containers.
     """
     builder = _LayoutBuilder(array_budget)
     try:
@@ -510,6 +520,7 @@ class _LayoutBuilder:
         self.array_budget = array_budget
         self.pieces: list[str | int] = []
         self.slots: list[DraftSlot] = []
+        self.nodes = 0
 
     def fixed(self, text: str) -> None:
         if self.pieces and isinstance(self.pieces[-1], str):
@@ -527,6 +538,10 @@ class _LayoutBuilder:
         return len(self.slots) - 1
 
     def node(self, node: Node, path: str, alive_if: tuple[tuple[int, int], ...]) -> None:
+        self.nodes += 1
+        # Containers without a slot (arrays of a fixed length of empty objects) cost text and time all the same.
+        if self.nodes > 4 * MAX_LEAVES:
+            raise _TooLarge
         if isinstance(node, Leaf):
             quote = '"' if node.quoted else ""
             self.fixed(quote)
