@@ -75,7 +75,8 @@ class TraceEvent:
 
     Args:
         kind: `"route"`, `"draft"` (one denoising step), `"verify"` (one forward of the base).
-        data: what a viewer shows: for drafts the canvas text piece by piece, for checks the accepted and the replaced text.
+        data: what a viewer shows. `route`: mode, P(call), whether a call was forced. `draft`: number of the call, and the canvas as
+            texts and `SlotView`s. `verify`: the texts accepted, drafted behind them (empty if all was accepted) and chosen instead.
     """
 
     kind: str
@@ -545,11 +546,10 @@ class _CallRun:
             self.cached += len(pending) + accepted
             self.commit_forced()
         if self.options.output_trace:
-            spell = self.vocabulary.tokenizer.decode
-            replaced = spell(self.reply[self.cached : self.cached + 1]) if self.cached < len(self.reply) else ""
-            drafted = spell(draft[accepted : accepted + 1])
-            data = {"accepted": spell([*pending, *draft[:accepted]]), "drafted": drafted, "chosen": replaced, "pending": len(pending)}
-            self.trace.append(TraceEvent("verify", data))
+            decode = self.vocabulary.tokenizer.decode
+            chosen = self.reply[self.cached : self.cached + 1] if drop else []
+            texts = {"accepted": draft[:accepted], "drafted": draft[accepted : accepted + 1], "chosen": chosen}
+            self.trace.append(TraceEvent("verify", {name: decode(tokens) for name, tokens in texts.items()}))
 
     def draft(self) -> list[int]:
         """Tokens that may complete the current call; empty while its tool is open or where nothing can be drafted."""
@@ -591,8 +591,7 @@ class _CallRun:
     def on_step(self, canvas: Canvas, ids: Tensor) -> None:
         """Keep a denoising step for viewers."""
         if self.options.output_trace:
-            slots = [(slot.slot.path, slot.slot.role, ids[slot.positions].tolist()) for slot in canvas.slots]
-            self.trace.append(TraceEvent("draft", {"ids": ids.tolist(), "slots": slots, "call": self.cursor.calls}))
+            self.trace.append(TraceEvent("draft", {"call": self.cursor.calls, "canvas": canvas.view(ids)}))
 
     def current_call(self) -> bytes:
         """Bytes of the call being written, from behind `<tool_call>`."""

@@ -52,7 +52,7 @@ class SchemaDiffusionOutput(ModelOutput):
         real_token_accuracy: scalar, share of masked content positions whose best token is right; NaN if there is none.
         null_accuracy: scalar, the same for masked positions whose target is NULL.
         null_prediction_rate: scalar, share of masked positions where NULL is the best token.
-        masked_slots: scalar, how many positions were masked.
+        masked_slots: scalar, how many masked positions were scored.
     """
 
     loss: Tensor | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from .schema_scaffold import ArrayNode, DraftSlot, Frame, Layout, Leaf, Option, Scaffold, SlotKind, first_options, next_options
+from .schema_scaffold import ArrayNode, DraftSlot, Frame, Layout, Leaf, Option, Scaffold, SlotKind, SlotRole, first_options, next_options
 from .tokenization_utils import (
     CALL_OPENING,
     IM_END_TOKEN,
@@ -297,8 +297,8 @@ class Vocabulary:
         return [*(self._byte_tokens[text[i : i + 1]] for i in range(start)), *self.encode(text[start:].decode())]
 
     def spell(self, tokens: Iterable[int]) -> bytes:
-        """The bytes that tokens stand for; special tokens stand for none."""
-        return b"".join(self.bytes[token] or b"" for token in tokens)
+        """The bytes that tokens stand for; special tokens, MASK and NULL stand for none."""
+        return b"".join(self.bytes[token] or b"" for token in tokens if token < self.size)
 
     def lift(self, automaton: ByteAutomaton) -> TokenAutomaton:
         """The automaton over this vocabulary's tokens; built once, special tokens are never accepted."""
@@ -690,6 +690,20 @@ class CanvasSlot:
         return slice(self.start, self.start + self.length)
 
 
+@dataclass(frozen=True)
+class SlotView:
+    """A slot as a viewer shows it.
+
+    Args:
+        path, role: of the slot.
+        tokens: text of each position, `""` for NULL, None where it is masked.
+    """
+
+    path: str
+    role: SlotRole
+    tokens: tuple[str | None, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Canvas:
     """One call laid out as tokens, its slots masked.
@@ -711,7 +725,19 @@ class Canvas:
 
     def text(self, slot: CanvasSlot, tokens: Tensor) -> str:
         """The text of a slot's tokens; NULL is nothing."""
-        return self.vocabulary.spell(token for token in tokens.tolist() if token < self.vocabulary.size).decode()
+        return self.vocabulary.spell(tokens.tolist()).decode()
+
+    def view(self, ids: Tensor) -> list[str | SlotView]:
+        """Fixed texts and slots of a filled or partly filled canvas (int64 [positions]), in reading order."""
+        tokens, shown, place = ids.tolist(), list[str | SlotView](), 0
+        for slot in self.slots:
+            shown.append(self.vocabulary.spell(tokens[place : slot.start]).decode())
+            held = (self.vocabulary.spell([token]).decode(errors="replace") for token in tokens[slot.positions])
+            masked = (token == self.mask_id for token in tokens[slot.positions])
+            texts = tuple(None if hidden else text for hidden, text in zip(masked, held, strict=True))
+            shown.append(SlotView(slot.slot.path, slot.slot.role, texts))
+            place = slot.start + slot.length
+        return [*shown, self.vocabulary.spell(tokens[place:]).decode()]
 
     def overflows(self, slot: CanvasSlot, tokens: Tensor) -> bool:
         """Whether a value of an open kind fills its slot to the last position, so that it may go on behind it."""

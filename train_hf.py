@@ -1,59 +1,83 @@
-"""The training command: `python train_hf.py --stage tokenizer|base ...`. Parses arguments and calls `training/`."""
+"""The training command: `python train_hf.py --stage tokenizer|base|head ...`. Parses arguments and calls `training/`.
+
+Options of a stage are the fields of its dataclass: `python train_hf.py --stage head --help` lists them.
+"""
 
 import argparse
 import logging
+import shutil
 import sys
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser
 
 from repo_package import ROOT, load_repo_module
 from training.base import BaseRun, BaseTrainer
-from training.data import tokenizer_texts
+from training.data import DEFAULT_DATA, tokenizer_texts
+from training.head import HeadRun, train_head
 
 logger = logging.getLogger("train_hf")
 
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line; see `python train_hf.py --help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stage", choices=["tokenizer", "base"], required=True, help="what to train")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with train/, text/ and dev/"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the result")
-    parser.add_argument("--seed", type=int, default=0)
-    tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--vocab_size", type=int, default=8192)
-    base = parser.add_argument_group("base", "options of the pre-training run, explained in training/base.py")
-    for option in fields(BaseRun):
-        if option.name not in ("data", "output", "seed"):
-            base.add_argument(f"--{option.name}", type=type(option.default), default=option.default)
-    base.add_argument("--tokenizer", default=str(ROOT), help="tokenizer of the base")
-    return parser.parse_args(arguments)
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
 
 
-def train_tokenizer(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class TokenizerRun:
+    """Options of the tokenizer stage.
+
+    Args:
+        output: folder of the result.
+        data: folder with `train/` and `text/`.
+        vocab_size: number of tokens.
+        seed: of the sample of texts.
+    """
+
+    output: Path
+    data: Path = DEFAULT_DATA
+    vocab_size: int = 8192
+    seed: int = 0
+
+
+def train_tokenizer(run: TokenizerRun) -> None:
     """Train the default tokenizer and save it."""
     tokenization = load_repo_module("tokenization_utils")
-    tokenizer = tokenization.train_tokenizer(tokenizer_texts(options.data, seed=options.seed), options.vocab_size)
-    tokenizer.save_pretrained(options.output)
-    logger.info("tokenizer of %d tokens saved to %s", len(tokenizer), options.output)
+    tokenizer = tokenization.train_tokenizer(tokenizer_texts(run.data, seed=run.seed), run.vocab_size)
+    tokenizer.save_pretrained(run.output)
+    logger.info("tokenizer of %d tokens saved to %s", len(tokenizer), run.output)
 
 
-def train_base(options: argparse.Namespace) -> None:
+def train_base(run: BaseRun) -> None:
     """Pre-train the default base; an interrupted run in the same output folder is resumed."""
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    run = BaseRun(**{option.name: getattr(options, option.name) for option in fields(BaseRun)})
-    BaseTrainer(run, tokenizer).run()
+    BaseTrainer(run, AutoTokenizer.from_pretrained(run.tokenizer)).run()
+
+
+def train_default_head(run: HeadRun) -> None:
+    """Train the head on a frozen base; with `--install` the result becomes the repository's own model."""
+    train_head(run, AutoTokenizer.from_pretrained(run.base))
+    if run.install:
+        for name in MODEL_FILES:
+            shutil.copyfile(run.output / "final" / name, ROOT / name)
+        logger.info("%s copied into %s", ", ".join(MODEL_FILES), ROOT)
+
+
+STAGES = {
+    "tokenizer": (TokenizerRun, train_tokenizer),
+    "base": (BaseRun, train_base),
+    "head": (HeadRun, train_default_head),
+}
 
 
 def main(arguments: list[str]) -> None:
     """Run one stage."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    options = parse_arguments(arguments)
-    {"tokenizer": train_tokenizer, "base": train_base}[options.stage](options)
+    first = argparse.ArgumentParser(description=__doc__, add_help=False)
+    first.add_argument("--stage", choices=list(STAGES), required=True)
+    stage, rest = first.parse_known_args(arguments)
+    options, run_stage = STAGES[stage.stage]
+    parser = HfArgumentParser(options, prog=f"train_hf.py --stage {stage.stage}")  # type: ignore[arg-type]
+    (run,) = parser.parse_args_into_dataclasses(rest)
+    run_stage(run)  # type: ignore[operator]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
+from repo_package import ROOT
+
 from .data import (
+    DEFAULT_DATA,
     PromptStyle,
     Row,
     RowStream,
@@ -48,8 +51,9 @@ class BaseRun:
     """Options of one pre-training run; each is an argument of `train_hf.py --stage base`.
 
     Args:
-        data: folder with `train/`, `text/` and `dev/`.
         output: folder of checkpoints, log and result.
+        data: folder with `train/`, `text/` and `dev/`.
+        tokenizer: folder or repo of the tokenizer.
         max_minutes: length of the run.
         warm_minutes: of this, first minutes on repeated random tokens, out of which copying (induction) emerges.
         tokens_per_batch: padded tokens of one step.
@@ -65,8 +69,9 @@ class BaseRun:
         threads: CPU threads.
     """
 
-    data: Path
     output: Path
+    data: Path = DEFAULT_DATA
+    tokenizer: str = str(ROOT)
     max_minutes: float = 75.0
     warm_minutes: float = 2.0
     tokens_per_batch: int = 6144

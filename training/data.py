@@ -16,11 +16,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from repo_package import load_repo_module
+from repo_package import ROOT, load_repo_module
 
 tokenization = load_repo_module("tokenization_utils")
 
 Record = dict[str, Any]
+
+DEFAULT_DATA = ROOT.parent / "shared" / "data"
+"""Where the record files are looked for; they lie beside the repository, never in it."""
 
 SOURCE_WEIGHTS = {
     "train/snips": 14.0,

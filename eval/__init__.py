@@ -1,0 +1,1 @@
+"""Benchmarks and measurements; each module is a command, `python -m eval.NAME`."""
