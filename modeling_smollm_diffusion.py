@@ -182,14 +182,9 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
         if scaffold_mask is None:
             scaffold_mask = torch.ones_like(slot_mask)
         weights = torch.ones_like(scaffold_ids, dtype=torch.float32) if loss_weights is None else loss_weights.float()
-        return self._denoising_loss(
-            memory,
-            scaffold_ids,
-            scaffold_mask.bool(),
-            slot_mask.bool() & scaffold_mask.bool(),
-            weights,
-            noise_generator,
-        )
+        scored = slot_mask.bool() & scaffold_mask.bool()
+        output = self._denoising_loss(memory, scaffold_ids, scaffold_mask.bool(), scored, weights, noise_generator)
+        return output if kwargs.get("return_dict") is not False else output.to_tuple()
 
     def _base_forward(self, **inputs: Any) -> Any:
         """Call the base with what was given; what is left at its default is not passed, as some bases lack it."""
@@ -392,6 +387,11 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
             head_only = False
         else:
             fields, _ = SmolLMDiffusionConfig.get_config_dict(config or pretrained_model_name_or_path, **lookup)
+            if fields.get("model_type") != SmolLMDiffusionConfig.model_type:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a checkpoint of type {fields.get('model_type')!r}, not of "
+                    f"{SmolLMDiffusionConfig.model_type!r}; use {cls.__name__}.from_base to put a fresh head on it."
+                )
             head_only = fields.get("head_only_checkpoint", False)
         if head_only:
             return cls._from_head_only(pretrained_model_name_or_path, config, lookup, **kwargs)

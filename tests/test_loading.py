@@ -220,3 +220,8 @@ def test_saved_folder_holds_all_code_that_the_model_needs(tmp_path: Path) -> Non
     assert {"modeling_smollm_diffusion.py", "configuration_smollm_diffusion.py", "diffusion_head.py"} <= {
         path.name for path in tmp_path.glob("*.py")
     }
+
+
+def test_a_plain_base_is_pointed_to_from_base(base_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"'smollm3'.*from_base"):
+        SmolLMDiffusionForCausalLM.from_pretrained(base_folder)

@@ -159,6 +159,15 @@ def test_metrics_are_detached_and_count_what_they_say() -> None:
     assert all(not value.requires_grad for name, value in output.items() if name != "loss")
 
 
+def test_the_output_can_be_a_tuple() -> None:
+    model = tiny_model()
+    batch = training_batch(model.config)
+    output = model(**batch, noise_generator=noise_seed())
+    as_tuple = model(**batch, noise_generator=noise_seed(), return_dict=False)
+    assert as_tuple[0] == output.loss
+    assert len(as_tuple) == len(output)
+
+
 def test_null_weight_zero_ignores_null_and_penalty_lowers_it() -> None:
     batch = training_batch(tiny_config())
     batch["slot_mask"] = batch["slot_mask"] & (batch["scaffold_ids"] == tiny_config().null_token_id)

@@ -1,0 +1,53 @@
+# make demo, make test, make lint, make modeling-common-tests. Python 3.11 or newer must be on the path.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TYPES := .mypy_cache/package
+TRANSFORMERS = $$($(BIN)/python -c "import transformers; print(transformers.__version__)")
+
+.PHONY: demo test test-all lint types modeling-common-tests clean
+
+# Runtime dependencies only, so that the first demo starts soon.
+demo: $(VENV)/.runtime-stamp
+	$(BIN)/python demo.py
+
+test: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev-stamp types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The modules import each other relatively, and the folder may have any name: mypy sees them as the package that
+# repo_package.py makes of them.
+types: $(VENV)/.dev-stamp
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/smollm_diffusion
+	ln -s $(CURDIR)/*_smollm_diffusion.py $(CURDIR)/diffusion_head.py $(CURDIR)/noise_schedule.py \
+		$(CURDIR)/schema_scaffold.py $(CURDIR)/slot_grammar.py $(CURDIR)/tokenization_utils.py $(TYPES)/smollm_diffusion/
+	touch $(TYPES)/smollm_diffusion/__init__.py
+	MYPYPATH=$(TYPES) $(BIN)/mypy -p smollm_diffusion
+	$(BIN)/mypy --explicit-package-bases $(filter-out %_smollm_diffusion.py diffusion_head.py noise_schedule.py \
+		schema_scaffold.py slot_grammar.py tokenization_utils.py,$(wildcard *.py)) $(wildcard training eval tests)
+
+# transformers' own tests of a model class, from the source distribution of exactly the installed version.
+modeling-common-tests: $(VENV)/.dev-stamp
+	$(BIN)/python tests/common/fetch_transformers_tests.py
+	$(BIN)/python -m pytest tests/common -m "slow or not slow"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is older than what it depends on when dependencies changed; pip then brings the environment up to date.
+$(VENV)/.runtime-stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev-stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@ $(VENV)/.runtime-stamp
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
