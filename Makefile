@@ -29,7 +29,7 @@ types: $(VENV)/.dev-stamp
 		$(CURDIR)/schema_scaffold.py $(CURDIR)/slot_grammar.py $(CURDIR)/tokenization_utils.py $(TYPES)/smollm_diffusion/
 	touch $(TYPES)/smollm_diffusion/__init__.py
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p smollm_diffusion
-	$(BIN)/mypy --explicit-package-bases $(filter-out %_smollm_diffusion.py diffusion_head.py noise_schedule.py \
+	MYPYPATH=tests:tests/common $(BIN)/mypy --explicit-package-bases $(filter-out %_smollm_diffusion.py diffusion_head.py noise_schedule.py \
 		schema_scaffold.py slot_grammar.py tokenization_utils.py,$(wildcard *.py)) $(wildcard training eval tests)
 
 # transformers' own tests of a model class, from the source distribution of exactly the installed version.

@@ -93,6 +93,9 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
         config: a `SmolLMDiffusionConfig`.
     """
 
+    base: Any  # any causal language model of transformers
+    diffusion_head: SchemaDiffusionHead
+
     def __init__(self, config: SmolLMDiffusionConfig) -> None:
         super().__init__(config)
         config.check_fields()
@@ -135,7 +138,7 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
                 slots.
             scaffold_mask: [batch, scaffold], 0 at padding; None = no padding.
             slot_mask: [batch, scaffold], 1 at positions that may be noised and are scored.
-            loss_weights: float [batch, scaffold], multiplies the cross-entropy of a position, 0 leaves it out; None = 1.
+            loss_weights: float [batch, scaffold], factor of a position's cross-entropy, 0 leaves it out; None = 1.
             noise_samples: noise draws per prompt that share one pass of the base.
             prompt_features: [batch, prompt, features], an earlier result of `prompt_features_of`; the base is then not
                 run.

@@ -196,7 +196,8 @@ def test_remote_code_loads_from_a_copied_folder_and_after_saving_elsewhere(base_
     (tmp_path / "workdir").mkdir()
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, copied, tmp_path / "head-only", tmp_path / "out"]
+    folders = [str(copied), str(tmp_path / "head-only"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, *folders]
     result = subprocess.run(command, cwd=tmp_path / "workdir", env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     found = torch.load(tmp_path / "out" / "result.pt")

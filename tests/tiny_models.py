@@ -36,13 +36,13 @@ def tiny_text_config(base: str = "smollm3") -> PreTrainedConfig:
     return GPT2Config(**_SHAPE)
 
 
-def tiny_config(base: str = "smollm3", **fields: Any) -> Any:
+def tiny_config(base: str = "smollm3", /, **fields: Any) -> Any:
     """Config of a tiny model; `fields` override."""
     defaults = {"head_hidden_size": 32, "head_num_layers": 2, "head_num_heads": 2, "initializer_range": 0.1}
     return SmolLMDiffusionConfig(text_config=tiny_text_config(base), **{**defaults, **fields})
 
 
-def tiny_model(base: str = "smollm3", **fields: Any) -> Any:
+def tiny_model(base: str = "smollm3", /, **fields: Any) -> Any:
     """A tiny random model in eval mode."""
     return SmolLMDiffusionForCausalLM(tiny_config(base, **fields)).eval()
 

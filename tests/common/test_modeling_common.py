@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fetch_transformers_tests import fetched_tests
 from tiny_models import SmolLMDiffusionConfig, SmolLMDiffusionForCausalLM, random_ids, tiny_config, training_batch
 
@@ -72,14 +73,18 @@ class ModelTester:
 # What does not apply to a model whose base is frozen, and why.
 NOT_APPLICABLE = {
     "test_retain_grad_hidden_states_attentions": "the base is frozen, so its hidden states have no gradient",
-    "test_training_gradient_checkpointing": "looks at the base's layers, which stay in eval mode; ours looks at the head's",
+    "test_training_gradient_checkpointing": "looks at layers of the base, which stay in eval mode",
     "test_training_gradient_checkpointing_use_reentrant_false": "as test_training_gradient_checkpointing",
     "test_training_gradient_checkpointing_use_reentrant_true": "as test_training_gradient_checkpointing",
     "test_correct_missing_keys": "a plain base is loaded by from_base; from_pretrained refuses it",
 }
 
 
-class SmolLMDiffusionModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.TestCase):
+class SmolLMDiffusionModelTest(
+    common.ModelTesterMixin,  # type: ignore[name-defined]
+    common.GenerationTesterMixin,  # type: ignore[name-defined]
+    unittest.TestCase,
+):
     all_model_classes = (SmolLMDiffusionForCausalLM,)
     config_class = SmolLMDiffusionConfig
     test_can_init_all_missing_weights_before_2023 = True
