@@ -1,4 +1,7 @@
-"""Terminal demo: what happens between a request and its tool call. `python demo.py`, or `python demo.py "text" --tools file.json`."""
+"""Terminal demo: what happens between a request and its tool call.
+
+`python demo.py` asks three prepared requests, `python demo.py "text" --tools file.json` yours.
+"""
 
 import argparse
 import json
@@ -37,7 +40,11 @@ MUSIC = {
             "type": "object",
             "properties": {
                 "artist": {"type": "string", "description": "Artist to play"},
-                "room": {"type": "string", "enum": ["kitchen", "bedroom", "living room"], "description": "Where to play"},
+                "room": {
+                    "type": "string",
+                    "enum": ["kitchen", "bedroom", "living room"],
+                    "description": "Where to play",
+                },
                 "shuffle": {"type": "boolean", "description": "Whether to shuffle the songs"},
             },
             "required": ["artist"],
@@ -85,7 +92,7 @@ def show_canvas(canvas: list[Any], style: Style) -> str:
             continue
         if piece.role != "value" and all(text is not None for text in piece.tokens):
             decided = "".join(text or "" for text in piece.tokens)
-            parts.append(style.slot({"true": "+", "false": "-"}.get(decided, f"{decided}× " if decided else "")))
+            parts.append(style.slot({"true": "+", "false": "-"}.get(decided, f"{decided}x " if decided else "")))
             continue
         masks = sum(text is None for text in piece.tokens)
         text = "".join(text or "" for text in piece.tokens) + _MASKED * min(masks, _MOST_MASKS)
@@ -157,10 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", nargs="?", help="your request; without it three prepared ones are asked")
     parser.add_argument("--tools", type=Path, help="JSON file with a list of tools; needs a text")
-    parser.add_argument("--model", default=str(ROOT), help="folder or repo of the model (default: the one shipped here)")
+    parser.add_argument(
+        "--model", default=str(ROOT), help="folder or repo of the model (default: the one shipped here)"
+    )
     options = parser.parse_args()
     if options.tools and not options.text:
-        parser.error("--tools needs a request: python demo.py \"text\" --tools file.json")
+        parser.error('--tools needs a request: python demo.py "text" --tools file.json')
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     style = Style(sys.stdout.isatty())

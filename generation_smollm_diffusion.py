@@ -1,8 +1,8 @@
 """Generation: routing, drafting, verification and the autoregressive reference, as a mixin of the model.
 
-Takes prompt ids and tools; gives ids as any `generate` does, or an OpenAI-style message. One loop serves `verified` and `ar`: a forward
-of the base over what is pending and a draft, then the constrained argmax decides token by token; `ar` is the loop without a draft. Batches
-run row by row.
+Takes prompt ids and tools; gives ids as any `generate` does, or an OpenAI-style message. One loop serves `verified`
+and `ar`: a forward of the base over what is pending and a draft, then the constrained argmax decides token by token;
+`ar` is the loop without a draft. Batches run row by row.
 """
 
 import json
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from .schema_scaffold import Observed, Scaffold, compile_scaffold, draft_layout
 from .slot_grammar import (
     Canvas,
     CanvasSlot,
-    Cursor,
     ReplyGrammar,
     Vocabulary,
     build_canvas,
@@ -38,6 +38,8 @@ DECODINGS = ("verified", "diffusion", "ar")
 MAX_DIFFUSION_STEPS = 8
 # A canvas beyond this many positions is not drafted: `verified` falls back to the reference, `diffusion` refuses.
 MAX_CANVAS_POSITIONS = 4096
+# A head that wants still longer arrays is not followed: the base writes the call.
+MAX_ARRAY_BUDGET = 64
 
 
 @dataclass
@@ -48,7 +50,8 @@ class GenerationStats:
         base_forwards, head_forwards: forwards of the base and of the head.
         drafted_slots: values in the first draft of each call.
         accepted_slots: those of them that stand unchanged in the final call.
-        cut: JSON pointers (in the tool's schema) of values that were ended by the limit of their length; an empty pointer for a call.
+        cut: JSON pointers (in the tool's schema) of values that were ended by the limit of their length; an empty
+            pointer for a call.
         seconds: wall time per stage: prefill, scaffold, draft, verify, chat.
     """
 
@@ -75,8 +78,9 @@ class TraceEvent:
 
     Args:
         kind: `"route"`, `"draft"` (one denoising step), `"verify"` (one forward of the base).
-        data: what a viewer shows. `route`: mode, P(call), whether a call was forced. `draft`: number of the call, and the canvas as
-            texts and `SlotView`s. `verify`: the texts accepted, drafted behind them (empty if all was accepted) and chosen instead.
+        data: what a viewer shows. `route`: mode, P(call), whether a call was forced. `draft`: number of the call, and
+            the canvas as texts and `SlotView`s. `verify`: the texts accepted, drafted behind them (empty if all was
+            accepted) and chosen instead.
     """
 
     kind: str
@@ -219,10 +223,12 @@ def denoise(
     steps: int,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Draft | None:
-    """Fill a canvas in a few S3 remasking steps. Source: arXiv 2507.04504, with joint commits instead of per-position ones.
+    """Fill a canvas in a few S3 remasking steps. Source: arXiv 2507.04504, with joint commits instead of per-position
+    ones.
 
-    The first step decides structure (presence, lengths); every step then proposes the best string of each slot given what is committed,
-    and commits the most confident `ceil(masked / steps left)` positions. A NULL is never more confident than the content before it.
+    The first step decides structure (presence, lengths); every step then proposes the best string of each slot given
+    what is committed, and commits the most confident `ceil(masked / steps left)` positions. A NULL is never more
+    confident than the content before it.
 
     Args:
         canvas: the call laid out; its slots are masked.
@@ -280,7 +286,7 @@ class _CanvasState:
         return log_probs[self.offsets[index] : self.offsets[index] + self.canvas.slots[index].length]
 
     def commit_structure(self, log_probs: Tensor) -> bool:
-        """Decide presence and lengths, outer before inner; slots that are not alive become NULL. False: contradiction."""
+        """Decide presence and lengths, outer before inner; dead slots become NULL. False: contradiction."""
         for index, slot in enumerate(self.canvas.slots):
             self.alive[index] = all(self.decided[control] > least for control, least in slot.slot.alive_if)
             if not self.alive[index]:
@@ -367,35 +373,39 @@ class HeadDrafter:
             The draft, or None where the call is too large to lay out or what is written fits no slot.
         """
         array_budget, widths = self.config.array_budget, dict[int, int]()
-        while True:
+        while array_budget <= MAX_ARRAY_BUDGET:
             canvas, observed = self._canvas(scaffold, written, array_budget, widths)
             if canvas is None:
-                return None
-            step = None if on_step is None else lambda ids, canvas=canvas: on_step(canvas, ids)  # type: ignore[misc]
+                break
+            step = None if on_step is None else partial(on_step, canvas)
             draft = denoise(canvas, observed, self.predict_with, steps, step)
             if draft is None or not (widen and draft.overflowing):
                 return draft
-            grown = dict(widths)
-            for index in draft.overflowing:
-                if canvas.slots[index].slot.role == "length":
-                    # Wider arrays renumber the slots, so their widths start over.
-                    array_budget, grown = array_budget * 2, {}
-                    break
-                grown[index] = min(canvas.slots[index].length * 2, self.config.max_value_tokens)
-            if grown == widths:
+            overflowing = [canvas.slots[index] for index in draft.overflowing]
+            if any(slot.slot.role == "length" for slot in overflowing):
+                # Wider arrays renumber the slots, so their widths start over.
+                array_budget, widths = array_budget * 2, {}
+                continue
+            grown = {
+                index: min(slot.length * 2, self.config.max_value_tokens)
+                for index, slot in zip(draft.overflowing, overflowing, strict=True)
+            }
+            if all(slot.length >= self.config.max_value_tokens for slot in overflowing):
                 return draft
-            widths = grown
+            widths |= grown
+        return None
 
     def _canvas(
         self, scaffold: Scaffold, written: str, array_budget: int, widths: dict[int, int]
     ) -> tuple[Canvas | None, list[Observed | None]]:
         """The canvas with room for what is written and at least `widths`; None when it would be too large."""
-        beyond = True
-        while beyond:
+        while True:
             layout = draft_layout(scaffold, array_budget)
             if layout is None:
                 return None, []
             observed, beyond = layout.observe(written)
+            if not beyond:
+                break
             array_budget *= 2
         budgets = []
         for index, (slot, known) in enumerate(zip(layout.slots, observed, strict=True)):
@@ -406,7 +416,8 @@ class HeadDrafter:
         if sum(budgets) > MAX_CANVAS_POSITIONS:
             return None, []
         canvas = build_canvas(self.vocabulary, layout, budgets, self.config.mask_token_id, self.config.null_token_id)
-        return canvas, observed
+        # Fixed text and long choices count too: the head attends over all of it.
+        return (canvas, observed) if len(canvas.token_ids) <= MAX_CANVAS_POSITIONS else (None, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +436,9 @@ class _CallRun:
         stats: where stages are timed.
     """
 
-    def __init__(self, model: Any, options: CallOptions, grammar: ReplyGrammar, prompt_ids: Tensor, stats: GenerationStats):
+    def __init__(
+        self, model: Any, options: CallOptions, grammar: ReplyGrammar, prompt_ids: Tensor, stats: GenerationStats
+    ):
         self.model = model
         self.options = options
         self.grammar = grammar
@@ -471,6 +484,23 @@ class _CallRun:
             self.name_logits = output.logits[0, 1]
             return output.logits[0, 0]
 
+    def route(self, must_call: bool) -> bool:
+        """Run the prompt and decide between calling and talking.
+
+        Args:
+            must_call: a call is asked for, whatever the base prefers.
+        """
+        logits = self.prefill().float()
+        probability = float(logits.softmax(-1)[self.vocabulary.call_start])
+        if self.options.tool_call_threshold is None:
+            prefers = int(logits.argmax()) == self.vocabulary.call_start
+        else:
+            prefers = probability >= self.options.tool_call_threshold
+        calls = must_call or prefers
+        data = {"mode": "tool" if calls else "chat", "probability": probability, "forced": must_call}
+        self.trace.append(TraceEvent("route", data))
+        return calls
+
     def _predictor(self, memory: PromptMemory) -> Predictor:
         def predict(ids: Tensor, positions: Tensor, masked: float) -> Tensor:
             return self.model.draft_log_probs(
@@ -508,7 +538,9 @@ class _CallRun:
                 self.verify(self.draft() if self.options.decoding == "verified" else [])
         self.stats.cut = self.cursor.cut
         if self.stats.cut:
-            logger.warning(f"Values reached their limit of length and were ended there: {', '.join(map(repr, self.stats.cut))}.")
+            logger.warning(
+                f"Values reached their limit of length and were ended there: {', '.join(map(repr, self.stats.cut))}."
+            )
         self.count_slots()
         return self.reply
 
@@ -525,7 +557,8 @@ class _CallRun:
             self.commit(token)
 
     def verify(self, draft: Sequence[int]) -> None:
-        """One forward of the base over what is pending and a draft; keeps the draft up to the first token the base would not choose.
+        """One forward of the base over what is pending and a draft; keeps the draft up to the first token the base
+        would not choose.
 
         At least one choice is made, the same as without a draft, so drafts can only save forwards.
         """
@@ -565,7 +598,7 @@ class _CallRun:
             self.first_drafts.setdefault(self.cursor.calls, draft)
             if draft is None:
                 return []
-            tokens = call_continuation(self.vocabulary, tool.tool, draft.arguments, written)
+            tokens = call_continuation(self.vocabulary, tool, draft.arguments, written)
             return self.cursor.follow(tokens)
 
     def accept_draft(self) -> None:
@@ -574,7 +607,8 @@ class _CallRun:
         That is a call too large to lay out, and what lies behind a value or a call that reaches its limit of length.
         """
         tool = self.cursor.tool
-        assert tool is not None and self.drafter is not None
+        assert tool is not None
+        assert self.drafter is not None
         with self.stats.timed("draft"):
             written, calls = self.current_call(), self.cursor.calls
             draft = self.drafter.draft(
@@ -582,9 +616,11 @@ class _CallRun:
             )
             self.first_drafts[calls] = draft
             if draft is None:
-                logger.warning(f"Tool {tool.tool!r} is too large to be drafted at once; the base writes this call by itself.")
+                logger.warning(
+                    f"Tool {tool.tool!r} is too large to be drafted at once; the base writes this call by itself."
+                )
                 return
-            for token in self.cursor.follow(call_continuation(self.vocabulary, tool.tool, draft.arguments, written)):
+            for token in self.cursor.follow(call_continuation(self.vocabulary, tool, draft.arguments, written)):
                 self.commit(token)
             self.commit_forced()
 
@@ -646,7 +682,13 @@ def parse_calls(vocabulary: Vocabulary, reply: Sequence[int]) -> list[dict[str, 
 
 
 class SchemaGenerationMixin:
-    """`generate` and `respond` of the model; expects `base`, `diffusion_head`, `config`, `prompt_memory` and `draft_log_probs`."""
+    """`generate` and `respond` of the model, which brings `base`, `diffusion_head` and their calls."""
+
+    config: Any
+    generation_config: Any
+    device: torch.device
+    base: torch.nn.Module
+    diffusion_head: torch.nn.Module
 
     @torch.no_grad()
     def generate(
@@ -663,9 +705,11 @@ class SchemaGenerationMixin:
         Args:
             inputs: long [batch, prompt], or `input_ids` among the keyword arguments.
             generation_config: as in transformers; may hold our options as fields.
-            tools: tools of all rows, or a list of lists, one a row; None reads them out of the prompt's `<tools>` block.
+            tools: tools of all rows, or a list of lists, one a row; None reads them out of the prompt's `<tools>`
+                block.
             tokenizer: the tokenizer that made the prompt; None loads the one that lies beside the model.
-            kwargs: our options (see `CallOptions`) and whatever transformers' `generate` takes, which applies to text replies.
+            kwargs: our options (see `CallOptions`) and whatever transformers' `generate` takes, which applies to text
+                replies.
 
         Returns:
             Long [batch, prompt + reply], shorter rows padded on the right; with `return_dict_in_generate=True` a
@@ -678,14 +722,12 @@ class SchemaGenerationMixin:
         options = self._call_options(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         tokenizer = tokenizer if tokenizer is not None else self._own_tokenizer()
+        if kwargs.get("stop_strings") is not None:
+            kwargs["tokenizer"] = tokenizer
         rows = None if input_ids is None else self._tools_of_rows(tools, tokenizer, input_ids)
-        if rows is None or options.tool_choice == "none" or not any(rows):
-            if rows is not None:
-                choose_tools([], options.tool_choice)
-            if tokenizer is not None and kwargs.get("stop_strings") is not None:
-                kwargs["tokenizer"] = tokenizer
+        if input_ids is None or tokenizer is None or rows is None or not any(rows):
+            choose_tools([], options.tool_choice)
             return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-        assert input_ids is not None and tokenizer is not None
         kwargs.pop("input_ids", None)
         return self._generate_rows(input_ids, rows, tokenizer, options, generation_config, kwargs)
 
@@ -716,8 +758,13 @@ class SchemaGenerationMixin:
         template = {name: kwargs.pop(name) for name in ("enable_thinking", "date") if name in kwargs}
         normalised = normalise_tools(tools)
         encoded = tokenizer.apply_chat_template(
-            list(messages), tools=normalised or None, add_generation_prompt=True, return_dict=True, return_tensors="pt", **template
-        ).to(self.device)  # type: ignore[attr-defined]
+            list(messages),
+            tools=normalised or None,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            **template,
+        ).to(self.device)
         kwargs["return_dict_in_generate"] = True
         stats = GenerationStats()
         with self._counted(stats):
@@ -743,7 +790,7 @@ class SchemaGenerationMixin:
     def _own_tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The tokenizer in the model's own folder or repo, if there is one; looked for once."""
         if not hasattr(self, "_tokenizer_beside"):
-            source = self.config.name_or_path  # type: ignore[attr-defined]
+            source = self.config.name_or_path
             try:
                 found = AutoTokenizer.from_pretrained(source) if source else None
             except (OSError, ValueError):
@@ -782,7 +829,7 @@ class SchemaGenerationMixin:
             raise ValueError("A streamer follows one reply: generate one row at a time, or leave the streamer out.")
         as_dict = kwargs.pop("return_dict_in_generate", None)
         if as_dict is None:
-            as_dict = bool(getattr(generation_config or self.generation_config, "return_dict_in_generate", False))  # type: ignore[attr-defined]
+            as_dict = bool(getattr(generation_config or self.generation_config, "return_dict_in_generate", False))
         replies, all_stats, traces = [], [], []
         for index, row in enumerate(input_ids):
             prompt = row if attention_mask is None else row[attention_mask[index].bool()]
@@ -800,7 +847,9 @@ class SchemaGenerationMixin:
         sequences = torch.cat([input_ids, padded], dim=1)
         if not as_dict:
             return sequences
-        return SchemaGenerateOutput(sequences=sequences, stats=all_stats, trace=traces if options.output_trace else None)
+        return SchemaGenerateOutput(
+            sequences=sequences, stats=all_stats, trace=traces if options.output_trace else None
+        )
 
     def _generate_row(
         self,
@@ -816,29 +865,10 @@ class SchemaGenerationMixin:
         callable_tools, must_call = choose_tools(tools, options.tool_choice)
         if not callable_tools:
             return self._chat(prompt, None, stats, generation_config, kwargs), []
-        text_config = self.config.get_text_config()  # type: ignore[attr-defined]
-        context = getattr(text_config, "max_position_embeddings", None)
-        if context is not None and len(prompt) >= context:
-            raise ValueError(f"The prompt has {len(prompt)} tokens, the model's context {context}: shorten it or drop tools.")
         with stats.timed("scaffold"):
-            vocabulary = self._vocabulary(tokenizer)
-            scaffolds = [compile_scaffold(tool) for tool in callable_tools]
-            limit = self.config.max_call_tokens  # type: ignore[attr-defined]
-            if context is not None:
-                limit = max(1, min(limit, context - len(prompt)))
-            grammar = ReplyGrammar(
-                vocabulary, scaffolds, options.max_tool_calls, self.config.max_value_tokens, limit  # type: ignore[attr-defined]
-            )
+            grammar = self._reply_grammar(len(prompt), callable_tools, tokenizer, options)
         run = _CallRun(self, options, grammar, prompt, stats)
-        logits = run.prefill().float()
-        probability = float(logits.softmax(-1)[vocabulary.call_start])
-        if options.tool_call_threshold is None:
-            calls = int(logits.argmax()) == vocabulary.call_start
-        else:
-            calls = probability >= options.tool_call_threshold
-        data = {"mode": "tool" if must_call or calls else "chat", "probability": probability, "forced": must_call}
-        run.trace.append(TraceEvent("route", data))
-        if not (must_call or calls):
+        if not run.route(must_call):
             # The last prompt token is run again, so that generation starts from its logits.
             run.cache.crop(-(len(run.opening) + 1))
             return self._chat(prompt, run.cache, stats, generation_config, kwargs), run.trace
@@ -848,6 +878,22 @@ class SchemaGenerationMixin:
             streamer.put(torch.tensor(reply))
             streamer.end()
         return reply, run.trace
+
+    def _reply_grammar(
+        self, prompt_length: int, tools: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, options: CallOptions
+    ) -> ReplyGrammar:
+        """The calls that are possible behind a prompt."""
+        limit = self.config.max_call_tokens
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None:
+            if prompt_length >= context:
+                raise ValueError(
+                    f"The prompt has {prompt_length} tokens, the model's context {context}: shorten it or drop tools."
+                )
+            limit = min(limit, context - prompt_length)
+        scaffolds = [compile_scaffold(tool) for tool in tools]
+        vocabulary = self._vocabulary(tokenizer)
+        return ReplyGrammar(vocabulary, scaffolds, options.max_tool_calls, self.config.max_value_tokens, limit)
 
     def _chat(
         self,
@@ -871,7 +917,7 @@ class SchemaGenerationMixin:
 
     def _vocabulary(self, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         """The tokenizer seen as bytes, with what is compiled for it; the last one is kept."""
-        device, size = self.device, self.config.get_text_config().vocab_size  # type: ignore[attr-defined]
+        device, size = self.device, self.config.get_text_config().vocab_size
         known: Vocabulary | None = getattr(self, "_last_vocabulary", None)
         if known is None or known.tokenizer is not tokenizer or known.size != size or known.device != device:
             known = self._last_vocabulary = Vocabulary(tokenizer, size, device)
@@ -888,8 +934,8 @@ class SchemaGenerationMixin:
             stats.head_forwards += 1
 
         hooks = [
-            self.base.register_forward_hook(count_base),  # type: ignore[attr-defined]
-            self.diffusion_head.register_forward_hook(count_head),  # type: ignore[attr-defined]
+            self.base.register_forward_hook(count_base),
+            self.diffusion_head.register_forward_hook(count_head),
         ]
         try:
             yield

@@ -1,7 +1,7 @@
-"""Imports the repository root as the package `smollm_diffusion`, so that scripts and tests share one identity of its modules.
+"""Imports the repository root as the package `smollm_diffusion`: one identity of its modules for scripts and tests.
 
-The root is a Hub model repo: its modules are flat and import each other relatively, as `trust_remote_code` needs. Nothing that
-`trust_remote_code` loads imports this file.
+The root is a Hub model repo: its modules are flat and import each other relatively, as `trust_remote_code` needs.
+Nothing that `trust_remote_code` loads imports this file.
 """
 
 import importlib

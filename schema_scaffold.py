@@ -1,12 +1,13 @@
 """JSON Schema of a tool -> Scaffold: which text of a call is fixed, and which choices are left to a model.
 
-Takes the `parameters` schema of a tool, gives a tree of nodes, the literal texts that may stand between two values, and the layout that
-a drafter fills. Pure Python: no tokens, no tensors, no model. What the tree cannot guarantee raises `UnsupportedSchemaError`.
+Takes the `parameters` schema of a tool, gives a tree of nodes, the literal texts that may stand between two values,
+and the layout that a drafter fills. Pure Python: no tokens, no tensors, no model. What the tree cannot guarantee
+raises `UnsupportedSchemaError`.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +21,20 @@ MAX_CHOICES = 4096
 
 # Keywords that describe and do not constrain. `default` is what omission means, so it asks nothing of the call's text.
 _ANNOTATIONS = frozenset(
-    "title description default examples example $schema $id $comment deprecated readOnly writeOnly nullable".split()
+    [
+        "title",
+        "description",
+        "default",
+        "examples",
+        "example",
+        "$schema",
+        "$id",
+        "$comment",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "nullable",
+    ]
 )
 _TYPE_KEYWORDS = {
     "object": frozenset({"properties", "required", "additionalProperties"}),
@@ -67,7 +81,8 @@ class Leaf:
         kind: which automaton its text must satisfy.
         path: JSON pointer of its schema, for messages and traces.
         quoted: the value is a JSON string whose quotes belong to the fixed text.
-        choices: closed set of texts for kind `"choice"`: escaped string contents when `quoted`, whole JSON literals otherwise.
+        choices: closed set of texts for kind `"choice"`: escaped string contents when `quoted`, whole JSON literals
+            otherwise.
     """
 
     kind: SlotKind
@@ -130,7 +145,8 @@ def compile_scaffold(tool: Mapping[str, Any]) -> Scaffold:
     """Compile a normalised tool into its scaffold.
 
     Args:
-        tool: OpenAI-style tool, `{"type": "function", "function": {"name", "parameters"}}`; absent parameters mean none.
+        tool: OpenAI-style tool, `{"type": "function", "function": {"name", "parameters"}}`; absent parameters mean
+            none.
 
     Returns:
         The scaffold; every text it admits validates against the schema (JSON Schema draft 2020-12).
@@ -191,12 +207,16 @@ class _Compiler:
             pointer, telling, f"{schema.get(telling)!r} is not supported: use one of {', '.join(_TYPE_KEYWORDS)}."
         )
 
-    def check_keywords(self, schema: Mapping[str, Any], kind: str, pointer: str, also: frozenset[str] = frozenset()) -> None:
+    def check_keywords(
+        self, schema: Mapping[str, Any], kind: str, pointer: str, also: frozenset[str] = frozenset()
+    ) -> None:
         known = _TYPE_KEYWORDS[kind] | _ANNOTATIONS | {"type"} | also
         for keyword in schema:
             if keyword not in known:
                 raise self.refuse(
-                    pointer, str(keyword), f"not guaranteed for type {kind!r}: remove it or check the value in your tool."
+                    pointer,
+                    str(keyword),
+                    f"not guaranteed for type {kind!r}: remove it or check the value in your tool.",
                 )
 
     def closed(self, schema: Mapping[str, Any], pointer: str) -> Leaf:
@@ -205,11 +225,16 @@ class _Compiler:
         if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
             raise self.refuse(pointer, "enum", "an enum is a non-empty list of JSON values.")
         if len(listed) > MAX_CHOICES:
-            raise self.refuse(pointer, "enum", f"more than {MAX_CHOICES} values: use a string and check it in your tool.")
+            raise self.refuse(
+                pointer, "enum", f"more than {MAX_CHOICES} values: use a string and check it in your tool."
+            )
         values = [schema["const"]] if keyword == "const" else list(listed)
-        if "const" in schema and "enum" in schema and self.text(schema["const"], pointer, "const") not in {
-            self.text(value, pointer, "enum") for value in listed
-        }:
+        if (
+            "const" in schema
+            and "enum" in schema
+            and self.text(schema["const"], pointer, "const")
+            not in {self.text(value, pointer, "enum") for value in listed}
+        ):
             raise self.refuse(pointer, "const", "it is not among the values of enum: no value fits both.")
         if "type" in schema:
             kind = schema["type"]
@@ -218,7 +243,9 @@ class _Compiler:
             values = [value for value in values if _has_type(value, kind)]
         for word in schema:
             if word not in _ANNOTATIONS | {"type", "enum", "const"}:
-                raise self.refuse(pointer, str(word), f"not guaranteed beside {keyword!r}: apply it to the listed values.")
+                raise self.refuse(
+                    pointer, str(word), f"not guaranteed beside {keyword!r}: apply it to the listed values."
+                )
         if not values:
             raise self.refuse(pointer, keyword, "no listed value has the declared type: correct the list or the type.")
         quoted = all(isinstance(value, str) for value in values)
@@ -240,27 +267,31 @@ class _Compiler:
         required = schema.get("required", [])
         if not isinstance(properties, Mapping) or not all(isinstance(name, str) for name in properties):
             raise self.refuse(pointer, "properties", "properties is a JSON object of schemas.")
-        if isinstance(required, str) or not isinstance(required, Sequence) or not all(isinstance(name, str) for name in required):
+        if (
+            isinstance(required, str)
+            or not isinstance(required, Sequence)
+            or not all(isinstance(name, str) for name in required)
+        ):
             raise self.refuse(pointer, "required", "required is a list of property names.")
         for name in required:
             if name not in properties:
                 raise self.refuse(pointer, "required", f"{name!r} is required but not declared under properties.")
-        extra = schema.get("additionalProperties", False if properties or not pointer else True)
+        extra = schema.get("additionalProperties", bool(pointer and not properties))
         if isinstance(extra, Mapping) or (extra and not properties):
             raise self.refuse(
                 pointer, "additionalProperties", "free-form keys are not supported: declare the properties."
             )
         return ObjectNode(
-            tuple(
-                self.property(name, properties[name], name in required, pointer, depth) for name in properties
-            )
+            tuple(self.property(name, properties[name], name in required, pointer, depth) for name in properties)
         )
 
     def property(self, name: str, schema: Any, required: bool, pointer: str, depth: int) -> Property:
         self.text(name, pointer, "properties")
         inner = f"{pointer}/properties/{_escape_pointer(name)}"
         if required and isinstance(schema, Mapping) and schema.get("nullable"):
-            raise self.refuse(inner, "nullable", "a required value that may be null is not supported: make it optional.")
+            raise self.refuse(
+                inner, "nullable", "a required value that may be null is not supported: make it optional."
+            )
         return Property(name, self.node(schema, inner, depth + 1), required)
 
     def array(self, schema: Mapping[str, Any], pointer: str, depth: int) -> ArrayNode:
@@ -323,8 +354,8 @@ class Option:
 
     Args:
         text: the literal, from the end of the last value up to the start of the next.
-        leads_to: `"value"`: the value `leaf` follows; `"gap"`: an empty container was written, and a further text is due; `"end"`: the
-            arguments are complete.
+        leads_to: `"value"`: the value `leaf` follows; `"gap"`: an empty container was written, and a further text is
+            due; `"end"`: the arguments are complete.
         leaf: the value that follows, else None.
         frame: where the value or the empty container stands.
         avoidable: it starts an optional property, or an item over the minimum; among the others there is exactly one.
@@ -372,8 +403,8 @@ def _properties(node: ObjectNode, done: int, parent: Frame | None) -> Iterator[O
     lead = ", " if done else "{"
     for index in range(done, len(node.properties)):
         entry = node.properties[index]
-        # `done` counts properties passed, written or not; whether one was written decides between "{" and ", ", and a frame
-        # only exists behind a written one.
+        # `done` counts properties passed, written or not; whether one was written decides between "{" and ", ", and a
+        # frame only exists behind a written one.
         key = f"{lead}{json.dumps(entry.name, ensure_ascii=False)}: "
         yield from _prefixed(key, _open(entry.node, Frame(node, index + 1, parent)), avoidable=not entry.required)
         if entry.required:
@@ -403,6 +434,55 @@ def _prefixed(text: str, options: Iterator[Option], avoidable: bool = False) -> 
         yield replace(option, text=text + option.text, avoidable=avoidable or option.avoidable)
 
 
+def argument_segments(scaffold: Scaffold, arguments: Mapping[str, Any]) -> list[str]:
+    """Cut the JSON text of arguments as the options do: fixed texts and the texts of leaves in turn.
+
+    Differs from `tokenization_utils.call_segments` where a closed set holds containers, or strings beside other values:
+    each of its texts is one leaf, quotes and brackets included.
+
+    Args:
+        scaffold: the tool.
+        arguments: what fits it, in any order.
+
+    Returns:
+        At least two segments, the first and the last fixed; an empty container ends its segment. Joined they are the
+        arguments as `json.dumps` writes them in schema order.
+    """
+    segments, fixed = list[str](), list[str]()
+
+    def end(*texts: str) -> None:
+        segments.extend(["".join(fixed), *texts])
+        fixed.clear()
+
+    def container(brackets: str, entries: Iterable[tuple[str, Node, Any]]) -> None:
+        lead = brackets[0]
+        for key, node, value in entries:
+            fixed.append(lead + key)
+            walk(node, value)
+            lead = ", "
+        if lead == ", ":
+            fixed.append(brackets[1])
+        else:
+            fixed.append(brackets)
+            end()
+
+    def walk(node: Node, value: Any) -> None:
+        if isinstance(node, ObjectNode):
+            present = [entry for entry in node.properties if entry.name in value]
+            keys = [f"{json.dumps(entry.name, ensure_ascii=False)}: " for entry in present]
+            container("{}", [(key, entry.node, value[entry.name]) for key, entry in zip(keys, present, strict=True)])
+        elif isinstance(node, ArrayNode):
+            container("[]", [("", node.item, item) for item in value])
+        else:
+            quote = '"' if node.quoted else ""
+            fixed.append(quote)
+            end(node.text(value))
+            fixed.append(quote)
+
+    walk(scaffold.root, arguments)
+    return [*segments, "".join(fixed)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The layout that a drafter fills
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,8 +498,8 @@ class DraftSlot:
         path: JSON pointer of the value inside the arguments, for example `/days/0`.
         role: `"value"`, or a structure decision: `"presence"` of an optional property, `"length"` of an array.
         leaf: kind and choices of its text.
-        alive_if: pairs (index of an earlier structure slot, n): this slot matters only if each of them decides on more than n
-            (present counts as 1, absent as 0).
+        alive_if: pairs (index of an earlier structure slot, n): this slot matters only if each of them decides on
+            more than n (present counts as 1, absent as 0).
         open_ended: a length whose largest choice is the budget and not the schema's maximum.
     """
 
@@ -458,8 +538,8 @@ class Layout:
         """The arguments that a text for every slot stands for.
 
         Args:
-            texts: one a slot, in the order of `slots`: raw string contents for string slots, JSON text for the others; texts of
-                slots that are not alive are not read.
+            texts: one a slot, in the order of `slots`: raw string contents for string slots, JSON text for the
+                others; texts of slots that are not alive are not read.
 
         Returns:
             The arguments, properties in schema order.
@@ -473,8 +553,8 @@ class Layout:
             written: text from the opening brace on, as `json.dumps` writes it; may end anywhere.
 
         Returns:
-            One entry a slot, None where nothing is known; and whether an array went on behind the items that are laid out, so that what
-            follows it could not be read.
+            One entry a slot, None where nothing is known; and whether an array went on behind the items that are laid
+            out, so that what follows it could not be read.
         """
         observer = _Observer(self, written)
         observer.node(self.scaffold.root, alive=True)
@@ -483,7 +563,8 @@ class Layout:
     def texts(self, arguments: Mapping[str, Any]) -> list[str | None]:
         """The inverse of `assemble`: the text of every slot, None for slots that are not alive.
 
-        An array over the budget is cut to it: the length slot then decides on the budget itself, which readers take as "at least".
+        An array over the budget is cut to it: the length slot then decides on the budget itself, which readers take
+            as "at least".
 
         Raises:
             ValueError: the arguments do not fit the scaffold.
@@ -573,8 +654,8 @@ class _LayoutBuilder:
             length = self.slot(path, "length", leaf, alive_if, node.max_items is None or node.max_items > counts[-1])
         for index in range(counts[-1]):
             self.fixed(", " if index else "")
-            certain = length is None or index < node.min_items
-            self.node(node.item, f"{path}/{index}", alive_if if certain else (*alive_if, (length, index)))  # type: ignore[arg-type]
+            uncertain = () if length is None or index < node.min_items else ((length, index),)
+            self.node(node.item, f"{path}/{index}", alive_if + uncertain)
         self.fixed("]")
 
 
@@ -724,7 +805,8 @@ class _Observer:
             self.node(node.item, not ended)
         if alive and not self.exhausted:
             if not ended and not self.literal("]"):
-                # The text goes on with an item for which there is no slot (or with nothing that can be told apart from one).
+                # The text goes on with an item for which there is no slot (or with nothing that can be told apart
+                # from one).
                 self.beyond = not self.exhausted
                 self.exhausted = True
             elif len(counts) > 1:

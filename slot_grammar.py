@@ -1,7 +1,8 @@
 """Token grammars of a call: what a model may write next, and the best string a slot can hold.
 
-Takes scaffolds and a tokenizer, gives `Cursor`, the left-to-right grammar of a whole reply of calls that the reference and the
-verification share, and `Canvas`, a drafter's slots with exact joint commits. Knows tensors, but no torch module.
+Takes scaffolds and a tokenizer, gives `Cursor`, the left-to-right grammar of a whole reply of calls that the
+reference and the verification share, and `Canvas`, a drafter's slots with exact joint commits. Knows tensors, but no
+torch module.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from .schema_scaffold import ArrayNode, DraftSlot, Frame, Layout, Leaf, Option, Scaffold, SlotKind, SlotRole, first_options, next_options
+from .schema_scaffold import (
+    ArrayNode,
+    DraftSlot,
+    Frame,
+    Layout,
+    Leaf,
+    Option,
+    Scaffold,
+    SlotKind,
+    SlotRole,
+    argument_segments,
+    first_options,
+    next_options,
+)
 from .tokenization_utils import (
     CALL_OPENING,
     IM_END_TOKEN,
@@ -135,7 +149,8 @@ def escaped_string_automaton() -> ByteAutomaton:
     return builder.build()
 
 
-# A double holds any 15 significant digits exactly (IEEE 754), so a text with at most 15 is the one that Python prints back.
+# A double holds any 15 significant digits exactly (IEEE 754), so a text with at most 15 is the one that Python prints
+# back.
 _SIGNIFICANT_DIGITS = 15
 
 
@@ -157,8 +172,8 @@ def integer_automaton() -> ByteAutomaton:
 def number_automaton() -> ByteAutomaton:
     """Integers of any length, and decimals of at most 15 significant digits, exactly as `json.dumps` writes them.
 
-    Decimals end in a digit other than 0 except for one 0 behind the point (`12.0`). Magnitudes below 1e-4 and above 1e16 have an exponent
-    in Python's JSON and are not in this grammar.
+    Decimals end in a digit other than 0 except for one 0 behind the point (`12.0`). Magnitudes below 1e-4 and above
+    1e16 have an exponent in Python's JSON and are not in this grammar.
     """
     builder = _Builder()
     nonzero = "123456789"
@@ -194,6 +209,10 @@ def number_automaton() -> ByteAutomaton:
             builder.edge(("point", count), "0", ("point zero", count + 1))
             builder.state(("point zero", count + 1), accepting=True)
             digits(("point zero", count + 1), count + 1)
+    # The 0 of `123456789012345.0` is not significant.
+    builder.edge(("integer", _SIGNIFICANT_DIGITS), ".", "last point")
+    builder.edge("last point", "0", "last zero")
+    builder.state("last zero", accepting=True)
     builder.edge(("integer", _SIGNIFICANT_DIGITS), "0123456789", "long integer")
     builder.edge("long integer", "0123456789", "long integer")
     builder.state("long integer", accepting=True)
@@ -268,13 +287,19 @@ class Vocabulary:
         if type(tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
             raise ValueError("The tokenizer is not byte-level BPE, whose tokens spell bytes: use a base that has one.")
         if len(tokenizer) > size:
-            raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model {size}: they do not belong together.")
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, the model {size}: they do not belong together."
+            )
         self.tokenizer = tokenizer
         self.size = size
         self.device = torch.device(device)
         self.bytes = _token_bytes(tokenizer, size)
-        self._byte_tokens = {spelled: token for token, spelled in enumerate(self.bytes) if spelled and len(spelled) == 1}
-        if missing := [code for code in range(0xF5) if bytes([code]) not in self._byte_tokens and code not in (0xC0, 0xC1)]:
+        self._byte_tokens = {
+            spelled: token for token, spelled in enumerate(self.bytes) if spelled and len(spelled) == 1
+        }
+        if missing := [
+            code for code in range(0xF5) if bytes([code]) not in self._byte_tokens and code not in (0xC0, 0xC1)
+        ]:
             raise ValueError(f"The tokenizer has no token for byte {missing[0]:#04x}: it cannot spell every value.")
         self.call_start, self.call_end, self.im_end = tokenizer.convert_tokens_to_ids(
             [TOOL_CALL_TOKEN, TOOL_CALL_END_TOKEN, IM_END_TOKEN]
@@ -292,7 +317,7 @@ class Vocabulary:
         return self._encoded[text]
 
     def encode_bytes(self, text: bytes) -> list[int]:
-        """Token ids of text that may start inside a character; the bytes up to the next character are spelled one by one."""
+        """Token ids of text that may start inside a character, whose remaining bytes are spelled one by one."""
         start = next((i for i, code in enumerate(text) if code & 0xC0 != 0x80), len(text))
         return [*(self._byte_tokens[text[i : i + 1]] for i in range(start)), *self.encode(text[start:].decode())]
 
@@ -309,7 +334,8 @@ class Vocabulary:
 
 def _token_bytes(tokenizer: PreTrainedTokenizerFast, size: int) -> list[bytes | None]:
     """The bytes of every token id, None for added tokens, unused ids and over-long tokens."""
-    # Byte-level BPE (GPT-2) writes bytes as printable characters: printable Latin-1 as itself, the others from U+0100 on.
+    # Byte-level BPE (GPT-2) writes bytes as printable characters: printable Latin-1 as itself, the others from U+0100
+    # on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [code for code in range(256) if code not in set(printable)]
     code_of = {chr(code): code for code in printable} | {chr(256 + i): code for i, code in enumerate(others)}
@@ -338,7 +364,7 @@ def _lift(automaton: ByteAutomaton, vocabulary: Sequence[bytes | None], device: 
 
 
 def _run_tokens(automaton: ByteAutomaton, vocabulary: Sequence[bytes | None]) -> np.ndarray:
-    """int16 [states, vocab]: where each token leads from each state, all tokens at once, byte position by byte position."""
+    """int16 [states, vocab]: where each token leads from each state; all tokens at once, byte by byte."""
     states = len(automaton.accepting)
     lengths = np.array([len(token or b"") for token in vocabulary])
     codes = np.zeros((len(vocabulary), MAX_TOKEN_BYTES), dtype=np.uint8)
@@ -376,8 +402,8 @@ def _distances(columns: np.ndarray, accepting: np.ndarray) -> np.ndarray:
 class _Place:
     """A point between two texts of a reply.
 
-    `name`: a tool's name is due; `arguments`: the name is written; `value`: a value is due; `gap`: one is finished, or an empty container
-    is; `call end`: `</tool_call>` is written; `stop`: the reply is complete.
+    `name`: a tool's name is due; `arguments`: the name is written; `value`: a value is due; `gap`: one is finished,
+    or an empty container is; `call end`: `</tool_call>` is written; `stop`: the reply is complete.
     """
 
     kind: str
@@ -388,11 +414,13 @@ class _Place:
     @cached_property
     def key(self) -> tuple[Any, ...]:
         """What the literal texts at this place depend on."""
-        chain, frame = [], self.frame
+        chain, frame = list[tuple[int, int]](), self.frame
         while frame is not None:
-            # Behind its minimum an endless array offers the same texts after every item.
-            endless = isinstance(frame.node, ArrayNode) and frame.node.max_items is None
-            chain.append((id(frame.node), min(frame.done, frame.node.min_items + 1) if endless else frame.done))  # type: ignore[union-attr]
+            done = frame.done
+            if isinstance(frame.node, ArrayNode) and frame.node.max_items is None:
+                # Behind its minimum an endless array offers the same texts after every item.
+                done = min(done, frame.node.min_items + 1)
+            chain.append((id(frame.node), done))
             frame = frame.parent
         return (self.kind, id(self.tool), id(self.leaf), *chain)
 
@@ -477,7 +505,11 @@ class ReplyGrammar:
         if place.kind == "value" and place.leaf is not None and place.leaf.kind != "choice":
             automaton = self.vocabulary.lift(_ESCAPED[place.leaf.kind]())
             return self._at_value(_Value(place, automaton, 0, 0), closing), calls
-        return [_Literal(self._trie(place, calls, closing), place.tool)], calls
+        trie = self._trie(place, calls, closing)
+        ways: list[_Literal | _Value] = [_Literal(trie, place.tool)] if trie.children else []
+        for target in trie.places:  # the empty text among the choices is complete at once
+            ways.extend(self._enter(target, calls, closing)[0])
+        return ways, calls
 
     def _at_value(self, value: _Value, closing: bool) -> list[_Literal | _Value]:
         ways: list[_Literal | _Value] = [value]
@@ -499,7 +531,8 @@ class ReplyGrammar:
         encode, tool = self.vocabulary.encode, place.tool
         if place.kind == "name":
             return [
-                (encode(call_segments(scaffold.tool, {})[2]), _Place("arguments", scaffold)) for scaffold in self.scaffolds
+                (encode(call_segments(scaffold.tool, {})[2]), _Place("arguments", scaffold))
+                for scaffold in self.scaffolds
             ]
         if place.kind == "call end":
             texts: list[tuple[Sequence[int], _Place]] = [([self.vocabulary.im_end], _Place("stop"))]
@@ -530,8 +563,8 @@ class Cursor:
         ways: alternatives that are still open.
         calls: calls finished so far.
         written: tokens of the call that is being written.
-        cut: JSON pointers (in the schema) of values that reached the limit of their length and had to end there; an empty pointer for a
-            call that reached its own.
+        cut: JSON pointers (in the schema) of values that reached the limit of their length and had to end there; an
+            empty pointer for a call that reached its own.
     """
 
     grammar: ReplyGrammar
@@ -640,12 +673,14 @@ class Cursor:
         return followed
 
 
-def call_continuation(vocabulary: Vocabulary, name: str, arguments: Mapping[str, Any], written: bytes) -> list[int]:
-    """Tokens that complete a call which is partly written.
+def call_continuation(
+    vocabulary: Vocabulary, scaffold: Scaffold, arguments: Mapping[str, Any], written: bytes
+) -> list[int]:
+    """Tokens that complete a call which is partly written, as the grammar spells them.
 
     Args:
         vocabulary: the tokens.
-        name: the tool's name.
+        scaffold: the tool.
         arguments: all arguments of the call.
         written: bytes of the call so far, from behind `<tool_call>`.
 
@@ -653,7 +688,8 @@ def call_continuation(vocabulary: Vocabulary, name: str, arguments: Mapping[str,
         The remaining tokens up to `</tool_call>`; empty where the call does not begin with what is written.
     """
     tokens: list[int] = []
-    for segment in call_segments(name, dict(arguments))[1:-1]:
+    first, *inner, last = argument_segments(scaffold, arguments)
+    for segment in [*call_segments(scaffold.tool, {})[1:3], '", "arguments": ' + first, *inner, last + "}\n"]:
         text = segment.encode()
         if written:
             if not written.startswith(text[: len(written)]):
@@ -757,7 +793,8 @@ def build_canvas(
     Args:
         vocabulary: the tokens.
         layout: texts and slots of the tool.
-        budgets: positions of an open slot by its kind, or one number for every slot of the layout (closed slots ignore theirs).
+        budgets: positions of an open slot by its kind, or one number for every slot of the layout (closed slots
+            ignore theirs).
         mask_id, null_id: ids of MASK and NULL.
 
     Returns:
@@ -800,7 +837,8 @@ class Commit:
 
     Args:
         tokens: int64 [length], content and then NULL.
-        confidence: float32 [length], probability of each position's token; for closed slots that of the whole choice among the choices.
+        confidence: float32 [length], probability of each position's token; for closed slots that of the whole choice
+            among the choices.
         score: sum of the log-probabilities along the string.
     """
 
@@ -839,7 +877,7 @@ def _commit_choice(choices: Tensor, scores: Tensor, fixed: Tensor) -> Commit | N
 
 
 def _commit_open(automaton: TokenAutomaton, scores: Tensor, fixed: Tensor, null_id: int) -> Commit | None:
-    """Viterbi over (position, state); state `states` is the tail of NULLs, entered from accepting states and never left."""
+    """Viterbi over (position, state); the last state is the tail of NULLs, entered from accepting ones, never left."""
     length, states, vocab = len(fixed), len(automaton.accepting), automaton.token_class.shape[0]
     free = fixed < 0
     only = torch.full_like(scores, NEGATIVE_INFINITY).scatter(1, fixed.clamp(min=0)[:, None], 0.0)
@@ -854,8 +892,8 @@ def _commit_open(automaton: TokenAutomaton, scores: Tensor, fixed: Tensor, null_
     best[0] = 0.0
     origins = []
     for position in range(length):
-        best, origin = (best[:, None] + steps[position]).max(dim=0)
-        origins.append(origin)
+        best, came_from = (best[:, None] + steps[position]).max(dim=0)
+        origins.append(came_from)
     best[:states].masked_fill_(~automaton.accepting, NEGATIVE_INFINITY)
     state = int(best.argmax())
     total = float(best[state])

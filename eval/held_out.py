@@ -1,8 +1,8 @@
 """How often the model gets held-out requests right, and at what cost: `python -m eval.held_out`.
 
-Two sets that no training row shows: `seen` (tools of the training data, requests held out) and `unseen` (tools that occur nowhere in
-training, refusals among them). A request counts as right when every call equals the gold one: same name, same arguments, same values; a
-refusal, when nothing is called. No normalisation, no partial credit.
+Two sets that no training row shows: `seen` (tools of the training data, requests held out) and `unseen` (tools that
+occur nowhere in training, refusals among them). A request counts as right when every call equals the gold one: same
+name, same arguments, same values; a refusal, when nothing is called. No normalisation, no partial credit.
 """
 
 import argparse
@@ -82,7 +82,9 @@ def _validates(arguments: Any, schema: dict[str, Any]) -> bool:
     return jsonschema.Draft202012Validator(schema).is_valid(arguments)
 
 
-def summary(rows: Sequence[Row], answers: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(
+    rows: Sequence[Row], answers: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """Counts of one decoding over a set; `reference` holds the answers of `ar`."""
     wants = [bool(row.calls) for row in rows]
     called = [item for item in answers if item["calls"]]
@@ -107,7 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="folder or repo of the model")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with train/ and dev/")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with train/ and dev/"
+    )
     parser.add_argument("--sets", nargs="+", default=["seen", "unseen"], choices=["seen", "unseen"])
     parser.add_argument("--decodings", nargs="+", default=["ar", "verified", "diffusion"], choices=generation.DECODINGS)
     parser.add_argument("--limit", type=int, default=200, help="most requests per set")
@@ -119,12 +123,18 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--decodings must hold ar: the others are compared with it")
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype=getattr(torch, options.dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, trust_remote_code=True, dtype=getattr(torch, options.dtype)
+    )
     model.eval()
     vocabulary = grammar.Vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     results: dict[str, Any] = {
         "command": f"python -m eval.held_out --limit {options.limit} --dtype {options.dtype}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
         "threads": options.threads,
         "sets": {},
     }

@@ -1,7 +1,7 @@
 """Training of the diffusion head on a frozen base, with the HF `Trainer`.
 
-Takes rows of `training.data` that are one call each; gives a self-contained checkpoint of base and head. The run is planned by wall clock,
-as that of the base is: the learning rate follows the spent part of `max_minutes`.
+Takes rows of `training.data` that are one call each; gives a self-contained checkpoint of base and head. The run is
+planned by wall clock, as that of the base is: the learning rate follows the spent part of `max_minutes`.
 """
 
 import logging
@@ -121,7 +121,8 @@ def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Ran
     if not texts:
         return None
     budgets = [
-        rng.choice(STRING_BUDGETS) if slot.leaf.kind == "string" else rng.choice(NUMBER_BUDGETS) for slot in layout.slots
+        rng.choice(STRING_BUDGETS) if slot.leaf.kind == "string" else rng.choice(NUMBER_BUDGETS)
+        for slot in layout.slots
     ]
     canvas = grammar.build_canvas(vocabulary, layout, budgets, config.mask_token_id, config.null_token_id)
     scaffold_ids = canvas.token_ids.clone()
@@ -131,7 +132,8 @@ def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Ran
         tokens = canvas.tokens_of(slot, text)
         scaffold_ids[slot.positions] = tokens
         content = int((tokens != config.null_token_id).sum())
-        # The first NULL ends the value and counts like content. Of the tail behind it, most of the canvas, a part stands for the whole.
+        # The first NULL ends the value and counts like content. Of the tail behind it, most of the canvas, a part
+        # stands for the whole.
         for position in range(slot.start + content, slot.start + slot.length):
             ends = text is not None and position == slot.start + content
             kept = ends or rng.random() < TAIL_SHARE
