@@ -1,4 +1,4 @@
-"""Hypothesis strategies for the tests of scaffold, grammar and generation: schemas of every supported kind, and what fits them.
+"""Hypothesis strategies for tests: tool schemas of every supported kind, and values that fit them.
 
 Names and texts are hostile on purpose: quotes, backslashes, names of special tokens, emoji, control characters.
 """

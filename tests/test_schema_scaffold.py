@@ -1,14 +1,15 @@
-"""The scaffold admits exact JSON that validates and nothing else, refuses what it cannot guarantee, and its layouts lose nothing."""
+"""The scaffold admits exact JSON that validates and refuses what it cannot guarantee; its layouts lose nothing."""
 
 import json
 import random
 from typing import Any
 
 import pytest
-import schemas
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, SchemaError
+
+import schemas
 from repo_package import load_repo_module
 
 scaffold_module = load_repo_module("schema_scaffold")
@@ -39,7 +40,7 @@ def walk(scaffold: Any, chance: random.Random, generous: float = 0.7) -> str:
     """One text that the scaffold admits, chosen by chance; takes what is avoidable with probability `generous`."""
     written, options = "", first_options(scaffold)
     for step in range(10_000):
-        # Whatever stands, exactly one way on takes nothing that could be left out: calls can always be brought to an end.
+        # Exactly one way on takes nothing that could be left out: a call can always be brought to an end.
         (needed,) = [option for option in options if not option.avoidable]
         avoidable = [option for option in options if option.avoidable]
         take = avoidable and step < 60 and chance.random() < generous
@@ -336,8 +337,29 @@ def test_many_required_arrays_are_refused_together() -> None:
 
 
 _keywords = st.sampled_from(
-    "type properties required items minItems maxItems enum const additionalProperties nullable description anyOf $ref "
-    "pattern minimum uniqueItems maxLength default format not prefixItems".split()
+    [
+        "type",
+        "properties",
+        "required",
+        "items",
+        "minItems",
+        "maxItems",
+        "enum",
+        "const",
+        "additionalProperties",
+        "nullable",
+        "description",
+        "anyOf",
+        "$ref",
+        "pattern",
+        "minimum",
+        "uniqueItems",
+        "maxLength",
+        "default",
+        "format",
+        "not",
+        "prefixItems",
+    ]
 )
 _fragments = st.recursive(
     st.one_of(
@@ -485,7 +507,7 @@ def test_arguments_that_do_not_fit_have_no_texts(arguments: Any) -> None:
         "required": ["a"],
     }
     layout = draft_layout(compiled(schema), 2)
-    with pytest.raises(ValueError, match="fit|required"):
+    with pytest.raises(ValueError, match=r"fit|required"):
         layout.texts(arguments)
     with pytest.raises(ValueError, match="slots"):
         layout.assemble([])
