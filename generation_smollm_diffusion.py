@@ -48,6 +48,7 @@ class GenerationStats:
 
     Args:
         base_forwards, head_forwards: forwards of the base and of the head.
+        calls: calls that the grammar made; what looks like a call in free text is text.
         drafted_slots: values in the first draft of each call.
         accepted_slots: those of them that stand unchanged in the final call.
         cut: JSON pointers (in the tool's schema) of values that were ended by the limit of their length; an empty
@@ -57,6 +58,7 @@ class GenerationStats:
 
     base_forwards: int = 0
     head_forwards: int = 0
+    calls: int = 0
     drafted_slots: int = 0
     accepted_slots: int = 0
     cut: tuple[str, ...] = ()
@@ -536,7 +538,7 @@ class _CallRun:
                 self.accept_draft()
             else:
                 self.verify(self.draft() if self.options.decoding == "verified" else [])
-        self.stats.cut = self.cursor.cut
+        self.stats.calls, self.stats.cut = self.cursor.calls, self.cursor.cut
         if self.stats.cut:
             logger.warning(
                 f"Values reached their limit of length and were ended there: {', '.join(map(repr, self.stats.cut))}."
@@ -778,11 +780,12 @@ class SchemaGenerationMixin:
     # --------------------------------------------------------------- parts
 
     def _call_options(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> CallOptions:
-        """Take our options out of the keyword arguments; what is not given comes from the generation config."""
-        config = generation_config or getattr(self, "generation_config", None)
+        """Take our options out of the keyword arguments; what is not given comes from the generation configs."""
+        configs = (generation_config, getattr(self, "generation_config", None))
         values = {}
         for name in CallOptions.__dataclass_fields__:
-            value = kwargs.pop(name) if name in kwargs else getattr(config, name, None)
+            given = [kwargs.pop(name, None), *(getattr(config, name, None) for config in configs)]
+            value = next((value for value in given if value is not None), None)
             if value is not None:
                 values[name] = value
         return CallOptions(**values)
@@ -863,6 +866,12 @@ class SchemaGenerationMixin:
     ) -> tuple[list[int], list[TraceEvent]]:
         """One row, without padding: its reply and trace."""
         callable_tools, must_call = choose_tools(tools, options.tool_choice)
+        # Whoever decides against a call for the base must also keep it from writing one as free text.
+        forbids = options.tool_choice == "none" or options.tool_call_threshold is not None
+        if tools and forbids:
+            config = generation_config or self.generation_config
+            suppressed = kwargs.get("suppress_tokens") or getattr(config, "suppress_tokens", None) or []
+            kwargs["suppress_tokens"] = [*suppressed, self._vocabulary(tokenizer).call_start]
         if not callable_tools:
             return self._chat(prompt, None, stats, generation_config, kwargs), []
         with stats.timed("scaffold"):
@@ -947,7 +956,7 @@ class SchemaGenerationMixin:
 def _reply(ids: list[int], vocabulary: Vocabulary, stats: GenerationStats, trace: list[TraceEvent]) -> Reply:
     """Turn reply tokens into a message."""
     tokenizer = vocabulary.tokenizer
-    calls = parse_calls(vocabulary, ids)
+    calls = parse_calls(vocabulary, ids) if stats.calls else []
     text = tokenizer.decode(ids[: ids.index(vocabulary.call_start)] if calls else ids, skip_special_tokens=True)
     message: dict[str, Any] = {"role": "assistant", "content": text.strip()}
     mode = "chat"
