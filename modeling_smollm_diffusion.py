@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -523,10 +524,13 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
         """
         revision = {} if config.base_revision is None else {"revision": config.base_revision}
         kwargs.pop("output_loading_info", None)
+        load = partial(super().from_pretrained, config.base_model_name_or_path, config=config, output_loading_info=True)
         with _quiet_loading():  # the report would list the whole head as missing
-            model, info = super().from_pretrained(
-                config.base_model_name_or_path, config=config, output_loading_info=True, **revision, **kwargs
-            )
+            model, info = load(**revision, **kwargs)
+            if not model.state_dict().keys() - set(info["missing_keys"]):
+                # Nothing was found, so this is a checkpoint of the body of the base alone, such as that of gpt2.
+                body = model.base.base_model_prefix
+                model, info = load(key_mapping={"^(.+)": rf"{body}.\1"}, **revision, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(HEAD_PREFIX))
         if missing or info["mismatched_keys"]:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaModel
 
 from repo_package import ROOT
 from tiny_models import BASES, SmolLMDiffusionConfig, SmolLMDiffusionForCausalLM, random_ids, tiny_model, training_batch
@@ -88,6 +88,16 @@ def test_the_dtype_of_the_base_can_be_chosen(base_folder: Path) -> None:
     model = SmolLMDiffusionForCausalLM.from_base(base_folder, dtype=torch.bfloat16, **HEAD)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(**training_batch(model.config)).loss.isfinite()
+
+
+@pytest.mark.parametrize("base", ["smollm3", "gpt2"])
+def test_a_checkpoint_of_the_body_alone_is_enough_when_the_output_layer_is_tied(base: str, tmp_path: Path) -> None:
+    body = AutoModel.from_config(tiny_model(base).config.text_config)
+    body.save_pretrained(tmp_path)
+    model = SmolLMDiffusionForCausalLM.from_base(tmp_path, **HEAD)
+    ids = random_ids(1, 6)
+    assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits)
+    assert base_is_frozen(model)
 
 
 def test_a_base_without_its_output_layer_is_refused(tmp_path: Path) -> None:
