@@ -1,4 +1,4 @@
-"""Training data and base pre-training on tiny records made here: what enters a row, what never does, how runs resume."""
+"""Training data and base pre-training on tiny records made here: what enters a row, what never does, what resumes."""
 
 import gzip
 import json
@@ -268,7 +268,7 @@ def test_planted_heads_copy_before_any_training(tokenizer: PreTrainedTokenizerFa
 
     assert accuracy() < 0.02
     pretraining.plant_induction(model, torch.Generator().manual_seed(0))
-    assert accuracy() > 0.3
+    assert accuracy() > 0.25
 
 
 # ---- Optimizer and schedule

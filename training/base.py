@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 
 CURRICULUM = (
     (0.15, PromptStyle(max_tools=1, description_chars=0, max_prompt_tokens=256)),
-    (0.40, PromptStyle(max_tools=2, description_chars=0, max_prompt_tokens=320)),
-    (0.75, PromptStyle(max_tools=3, description_chars=50, max_prompt_tokens=448)),
+    (0.65, PromptStyle(max_tools=2, description_chars=0, max_prompt_tokens=256)),
     (1.00, PromptStyle()),
 )
 """(part of the run until which it holds, style of the prompts)."""
@@ -55,7 +54,7 @@ class BaseRun:
         data: folder with `train/`, `text/` and `dev/`.
         tokenizer: folder or repo of the tokenizer.
         max_minutes: length of the run.
-        warm_minutes: of this, first minutes on repeated random tokens, out of which copying (induction) emerges.
+        warm_minutes: of this, first minutes on repeated random tokens, which sharpen the planted copying.
         tokens_per_batch: padded tokens of one step.
         lr: learning rate of Muon.
         adam_lr: learning rate of AdamW.
@@ -72,14 +71,14 @@ class BaseRun:
     output: Path
     data: Path = DEFAULT_DATA
     tokenizer: str = str(ROOT)
-    max_minutes: float = 75.0
-    warm_minutes: float = 2.0
-    tokens_per_batch: int = 6144
-    lr: float = 0.02
+    max_minutes: float = 48.0
+    warm_minutes: float = 0.25
+    tokens_per_batch: int = 4096
+    lr: float = 0.01
     adam_lr: float = 3e-3
     prompt_share: float = 0.2
     prompt_weight: float = 0.5
-    follow_ups: int = 4
+    follow_ups: int = 6
     eval_minutes: float = 5.0
     save_minutes: float = 10.0
     eval_rows: int = 100
@@ -106,7 +105,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> SmolLM3Config:
 
 
 @torch.no_grad()
-def plant_induction(model: SmolLM3ForCausalLM, generator: torch.Generator) -> None:
+def plant_induction(model: SmolLM3ForCausalLM, generator: torch.Generator, scale: float = 12.5) -> None:
     """Set four heads of two layers so that the fresh model already copies: what followed the last occurrence of this
     token?
 
@@ -118,6 +117,7 @@ def plant_induction(model: SmolLM3ForCausalLM, generator: torch.Generator) -> No
     Args:
         model: a freshly initialised model with tied embeddings.
         generator: of the random projections.
+        scale: growth of the embeddings over transformers' default.
     """
     # Blocks start silent (zero output matrices): random ones would drown what the planted heads write.
     for layer in model.model.layers:
@@ -133,7 +133,12 @@ def plant_induction(model: SmolLM3ForCausalLM, generator: torch.Generator) -> No
     slot = torch.linalg.qr(torch.randn(width, groups * head, generator=generator)).Q.T.reshape(groups, head, width)
     # A direction shared by all embeddings acts as the bias that attention by position alone needs; it shifts all
     # logits alike.
+    # Muon moves every matrix by its learning rate in spectral norm, AdamW every embedding entry by its own: planted
+    # matrices and embeddings of order one survive that, small ones are gone after thirty steps. The small last norm
+    # keeps the tied logits in range.
     embeddings = model.model.embed_tokens.weight
+    embeddings.mul_(scale)
+    model.model.norm.weight.fill_(2 / scale)
     embeddings.add_(0.5 * embeddings.norm(dim=1).mean() * constant)
     theta = config.rope_parameters["rope_theta"]
     pairs = head // 2
@@ -149,11 +154,11 @@ def plant_induction(model: SmolLM3ForCausalLM, generator: torch.Generator) -> No
         first.q_proj.weight[heads] = 1.2 * torch.outer(query, constant)
         first.k_proj.weight[rows] = 1.2 * torch.outer(key, constant)
         first.v_proj.weight[rows] = token[group]
-        first.o_proj.weight[:, heads] = 0.03 * slot[group].T
+        first.o_proj.weight[:, heads] = 0.03 * scale * slot[group].T
         match.q_proj.weight[heads] = 2.2 * token[group]
         match.k_proj.weight[rows] = 2.2 * slot[group]
         match.v_proj.weight[rows] = token[group]
-        match.o_proj.weight[:, heads] = 0.15 * token[group].T
+        match.o_proj.weight[:, heads] = 0.15 * scale * token[group].T
 
 
 @dataclass

@@ -90,9 +90,9 @@ class PromptStyle:
         max_target_tokens: a record with a longer reply is skipped.
     """
 
-    max_tools: int = 4
-    description_chars: int = 80
-    max_prompt_tokens: int = 640
+    max_tools: int = 3
+    description_chars: int = 40
+    max_prompt_tokens: int = 320
     max_target_tokens: int = 128
 
 

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import (
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -168,7 +169,7 @@ class HeadExamples(IterableDataset):
     def _draw(self, rng: random.Random) -> HeadExample:
         while True:
             _, style = rng.choice(CURRICULUM)
-            call = single_call(self.stream.draw(replace(style, max_prompt_tokens=min(style.max_prompt_tokens, 384))))
+            call = single_call(self.stream.draw(style))
             example = head_example(call, self.vocabulary, self.config, rng) if call is not None else None
             if example is not None and len(example.scaffold_ids) <= 320:
                 return example
@@ -257,6 +258,9 @@ def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
         head_hidden_size=run.head_hidden_size,
         head_num_layers=run.head_num_layers,
         head_num_heads=run.head_num_heads,
+        # Enough for what so small a base writes on purpose; its runaway values end early.
+        max_value_tokens=64,
+        max_call_tokens=256,
         # Plain cross-entropy keeps confidences calibrated, and it is confidence that the remasking reads.
         loss_weighting="none",
         label_smoothing=0.0,
@@ -288,6 +292,9 @@ def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
         callbacks=[clock],
     )
     trainer.train()
+    # transformers would end a text reply after 20 tokens.
+    ours = {"max_new_tokens": 256, "decoding": "verified", "num_diffusion_steps": 4, "max_tool_calls": 8}
+    model.generation_config = GenerationConfig(**(model.generation_config.to_dict() | ours))
     final = run.output / "final"
     model.to(torch.bfloat16).save_pretrained(final)
     tokenizer.save_pretrained(final)
