@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
     first.add_argument("--stage", choices=list(STAGES), required=True)
     stage, rest = first.parse_known_args(arguments)
     options, run_stage = STAGES[stage.stage]
-    parser = HfArgumentParser(options, prog=f"train_hf.py --stage {stage.stage}")  # type: ignore[arg-type]
+    parser = HfArgumentParser(options, prog=f"train_hf.py --stage {stage.stage}")
     (run,) = parser.parse_args_into_dataclasses(rest)
     run_stage(run)  # type: ignore[operator]
 

@@ -13,7 +13,7 @@ from tiny_models import SmolLMDiffusionForCausalLM, random_ids, tiny_text_config
 pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
 
 HEAD = {"head_hidden_size": 64, "head_num_layers": 2, "head_num_heads": 2}
-BITS = {
+BITS: dict[str, dict[str, Any]] = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "8bit": {"load_in_8bit": True},
 }

@@ -465,7 +465,8 @@ def test_hostile_logits_choose_an_allowed_token() -> None:
     size = grammar.vocabulary.size
     for value in (NAN, INFINITY, -INFINITY):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            tokens, _ = run(grammar, lambda _, value=value, dtype=dtype: torch.full((size,), value, dtype=dtype))
+            faulty = torch.full((size,), value, dtype=dtype)
+            tokens, _ = run(grammar, lambda _, faulty=faulty: faulty)  # type: ignore[misc]
             assert len(parse(grammar, tokens)) == 1
     logits = torch.full((size,), NAN)
     logits[7] = -1e30  # the only number among them, but it may not stand there

@@ -12,7 +12,7 @@ from repo_package import ROOT, load_repo_module
 
 tokenization = load_repo_module("tokenization_utils")
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -135,7 +135,10 @@ def test_history_shows_calls_as_the_model_writes_them(
     if as_text:
         call["arguments"] = json.dumps(arguments, ensure_ascii=False)
     calls = [{"id": "1", "type": "function", "function": call} if wrapped else call] * 2
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
     written = tokenizer.decode(tokenization.calls_token_ids(tokenizer, [("get_weather", arguments)] * 2))
     text = render_text(tokenizer, messages, add_generation_prompt=False)
     assert text.endswith(f"<|im_start|>assistant\n{written}<|im_end|>\n")
