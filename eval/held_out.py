@@ -6,6 +6,7 @@ name, same arguments, same values; a refusal, when nothing is called. No normali
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import time
@@ -21,25 +22,38 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo_package import ROOT, load_repo_module
-from training.data import Row, dev_records, evaluation_rows, held_out_records
+from training.data import DEFAULT_DATA, Row, dev_records, evaluation_rows, held_out_records
 
 generation = load_repo_module("generation_smollm_diffusion")
 scaffolds = load_repo_module("schema_scaffold")
 grammar = load_repo_module("slot_grammar")
 
 
-def requests(name: str, data: Path, tokenizer: Any, limit: int) -> list[Row]:
-    """The first `limit` one-turn requests of a set whose tools the scaffold supports.
+def requests(name: str, data: Path, tokenizer: Any, limit: int) -> tuple[list[Row], int]:
+    """One-turn requests that want one call or none, in the order of a hash of their ids.
 
     Args:
         name: `"seen"` or `"unseen"`.
         data: folder with `train/` and `dev/`.
         tokenizer: the model's tokenizer.
         limit: most rows.
+
+    Returns:
+        The rows, and how many records were left out before the limit was reached, because their prompt is over the
+        evaluation style's length or a tool's schema is not supported.
     """
     records = held_out_records(data) if name == "seen" else dev_records(data)
-    rows = [row for row in evaluation_rows(records, tokenizer) if len(row.messages) == 1 and row.tools]
-    return [row for row in rows if _supported(row)][:limit]
+    simple = [r for r in records if len(r["messages"]) == 1 and len(r["calls"]) <= 1 and r["tools"]]
+    simple.sort(key=lambda record: hashlib.sha256(record["id"].encode()).hexdigest())
+    rows: list[Row] = []
+    left_out = 0
+    for record in simple:
+        if len(rows) == limit:
+            break
+        fitting = [row for row in evaluation_rows([record], tokenizer) if _supported(row)]
+        rows += fitting
+        left_out += not fitting
+    return rows, left_out
 
 
 def _supported(row: Row) -> bool:
@@ -60,7 +74,7 @@ def answer(model: Any, tokenizer: Any, vocabulary: Any, row: Row, decoding: str)
     )
     seconds = time.perf_counter() - start
     reply = output.sequences[0, ids.shape[1] :].tolist()
-    calls = grammar.parse_calls(vocabulary, reply)
+    calls = generation.parse_calls(vocabulary, reply)
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in row.tools}
     stats = output.stats[0]
     return {
@@ -109,9 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default=str(ROOT), help="folder or repo of the model")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with train/ and dev/"
-    )
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder with train/ and dev/")
     parser.add_argument("--sets", nargs="+", default=["seen", "unseen"], choices=["seen", "unseen"])
     parser.add_argument("--decodings", nargs="+", default=["ar", "verified", "diffusion"], choices=generation.DECODINGS)
     parser.add_argument("--limit", type=int, default=200, help="most requests per set")
@@ -137,9 +149,10 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "threads": options.threads,
         "sets": {},
+        "left_out": {},
     }
     for name in options.sets:
-        rows = requests(name, options.data, tokenizer, options.limit)
+        rows, left_out = requests(name, options.data, tokenizer, options.limit)
         answers: dict[str, list[dict[str, Any]]] = {decoding: [] for decoding in options.decodings}
         for row in tqdm(rows, desc=f"{name} tools", unit="request"):
             # The decodings take turns on each request, so that a change in the machine's speed meets all of them.
@@ -148,7 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
         results["sets"][name] = {
             decoding: summary(rows, answers[decoding], answers["ar"]) for decoding in options.decodings
         }
-        print(f"\n{name} tools, {len(rows)} requests")
+        results["left_out"][name] = left_out
+        print(f"\n{name} tools, {len(rows)} requests, {left_out} left out")
         for decoding, counts in results["sets"][name].items():
             print(f"  {decoding:9}", json.dumps(counts))
     options.out.parent.mkdir(parents=True, exist_ok=True)

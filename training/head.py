@@ -292,9 +292,14 @@ def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
         callbacks=[clock],
     )
     trainer.train()
-    # transformers would end a text reply after 20 tokens.
-    ours = {"max_new_tokens": 256, "decoding": "verified", "num_diffusion_steps": 4, "max_tool_calls": 8}
-    model.generation_config = GenerationConfig(**(model.generation_config.to_dict() | ours))
+    trainer.state.save_to_json(str(run.output / "trainer_state.json"))  # the curves
+    model.generation_config = GenerationConfig(
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        max_new_tokens=256,  # transformers would end a text reply after 20
+        decoding="verified",
+        num_diffusion_steps=4,
+        max_tool_calls=8,
+    )
     final = run.output / "final"
     model.to(torch.bfloat16).save_pretrained(final)
     tokenizer.save_pretrained(final)
