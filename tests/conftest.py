@@ -12,6 +12,7 @@ import torch
 @pytest.fixture(autouse=True)
 def deterministic() -> None:
     """Every test starts from the same state, whatever ran before it."""
+    # Tiny tensors gain nothing from threads, and on a busy machine threads spend their time waiting for each other.
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

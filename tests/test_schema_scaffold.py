@@ -513,6 +513,7 @@ def test_arguments_that_do_not_fit_have_no_texts(arguments: Any) -> None:
         layout.assemble([])
 
 
+@quick
 @given(schemas.texts)
 def test_a_leaf_reads_back_what_it_writes(text: str) -> None:
     leaf = Leaf("string", "", quoted=True)
