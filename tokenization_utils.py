@@ -2,8 +2,7 @@
 tokenizer building.
 
 Takes tools, messages and any fast tokenizer; gives OpenAI-style tool dicts, call tokens and a tokenizer with our
-template. Knows nothing of models, grammars or training. The template's text lies in `chat_template.jinja` beside this
-file.
+template. Knows nothing of models, grammars or training.
 """
 
 import json
@@ -66,6 +65,95 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
     },
 }
 """What `parse_response` of transformers reads to turn a reply into an OpenAI-style message."""
+
+
+# Kept here and not in a file, because code that the Hub loads comes without the files beside it; saving a tokenizer writes
+# it to chat_template.jinja.
+CHAT_TEMPLATE = r"""{#- Content never becomes markup: `<` gets a mark behind it, which the tokenizer's normalizer removes again. -#}
+{%- macro plain(text) -%}
+    {{- text | replace('\ufdd0', '\ufdd00') | replace('<', '<\ufdd01') -}}
+{%- endmacro -%}
+{%- macro said(content) -%}
+    {%- if content is string -%}
+        {{- plain(content) -}}
+    {%- elif content is iterable and content is not mapping -%}
+        {%- for part in content -%}
+            {%- if part is string -%}
+                {{- plain(part) -}}
+            {%- elif part.type == 'text' -%}
+                {{- plain(part.text) -}}
+            {%- else -%}
+                {{- raise_exception('This model reads text only: a message has a content part of type "' ~ part.type ~ '".') -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- elif content -%}
+        {{- plain(content | tojson) -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro called(calls) -%}
+    {%- for item in calls -%}
+        {%- set call = item.function if item.function is defined else item -%}
+        {{- '<tool_call>\n{"name": ' ~ plain(call.name | tojson) ~ ', "arguments": ' -}}
+        {{- plain(call.arguments if call.arguments is string else call.arguments | default({}, true) | tojson) -}}
+        {{- '}\n</tool_call>' ~ ('' if loop.last else '\n') -}}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- if not messages -%}
+    {{- raise_exception('The list of messages is empty: pass at least one message.') -}}
+{%- endif -%}
+{%- set thinks = enable_thinking | default(false) -%}
+{%- set ns = namespace(last_user=-1) -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {%- set ns.last_user = loop.index0 -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- '<|im_start|>system\nReasoning Mode: ' ~ ('/think' if thinks else '/no_think') -}}
+{%- if date is defined and date -%}
+    {{- '\nToday: ' ~ plain(date) -}}
+{%- endif -%}
+{%- if messages[0].role in ['system', 'developer'] -%}
+    {%- set instructions = said(messages[0].content) -%}
+    {%- if instructions -%}
+        {{- '\n\n' ~ instructions -}}
+    {%- endif -%}
+{%- endif -%}
+{%- if tools -%}
+    {{- '\n\nTools to call when needed:\n<tools>\n' -}}
+    {%- for tool in tools -%}
+        {{- plain((tool.function if tool.function is defined else tool) | tojson) ~ '\n' -}}
+    {%- endfor -%}
+    {{- '</tools>' -}}
+{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {{- '<|im_start|>user\n' ~ said(message.content) ~ '<|im_end|>\n' -}}
+    {%- elif message.role == 'assistant' -%}
+        {{- '<|im_start|>assistant\n' -}}
+        {%- if message.reasoning_content and loop.index0 > ns.last_user -%}
+            {{- '<think>\n' ~ plain(message.reasoning_content) ~ '\n</think>\n' -}}
+        {%- endif -%}
+        {%- set text = said(message.content) -%}
+        {{- text -}}
+        {%- if message.tool_calls -%}
+            {{- ('\n' if text else '') ~ called(message.tool_calls) -}}
+        {%- endif -%}
+        {{- '<|im_end|>\n' -}}
+    {%- elif message.role == 'tool' -%}
+        {{- '<|im_start|>tool\n<tool_response>\n' ~ said(message.content) ~ '\n</tool_response><|im_end|>\n' -}}
+    {%- elif message.role in ['system', 'developer'] -%}
+        {%- if not loop.first -%}
+            {{- '<|im_start|>system\n' ~ said(message.content) ~ '<|im_end|>\n' -}}
+        {%- endif -%}
+    {%- else -%}
+        {{- raise_exception('Unknown role "' ~ message.role ~ '": use system, user, assistant or tool.') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' ~ ('' if thinks else '<think>\n\n</think>\n') -}}
+{%- endif -%}
+"""  # noqa: E501
 
 
 def escape_content(text: str) -> str:
@@ -260,7 +348,7 @@ def build_tokenizer(base: str | Path | PreTrainedTokenizerFast) -> PreTrainedTok
             )
     tokenizer.backend_tokenizer.normalizer = _with_unescaping(tokenizer.backend_tokenizer.normalizer)
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = BOS_TOKEN, IM_END_TOKEN, PAD_TOKEN
-    tokenizer.chat_template = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.response_template = RESPONSE_TEMPLATE
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer

@@ -340,7 +340,8 @@ def test_a_saved_tokenizer_is_the_same_after_loading(tokenizer: PreTrainedTokeni
 
 
 def test_the_repository_holds_the_template_it_builds_with(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tokenizer.chat_template == (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    assert tokenizer.chat_template == tokenization.CHAT_TEMPLATE
+    assert (ROOT / "chat_template.jinja").read_text(encoding="utf-8") == tokenization.CHAT_TEMPLATE
     assert tokenizer.response_template == tokenization.RESPONSE_TEMPLATE
     assert len(tokenizer) == 8192
 
