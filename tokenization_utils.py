@@ -67,8 +67,8 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
 """What `parse_response` of transformers reads to turn a reply into an OpenAI-style message."""
 
 
-# Kept here and not in a file, because code that the Hub loads comes without the files beside it; saving a tokenizer writes
-# it to chat_template.jinja.
+# Kept here and not in a file, because code that the Hub loads comes without the files beside it; saving a tokenizer
+# writes it to chat_template.jinja.
 CHAT_TEMPLATE = r"""{#- Content never becomes markup: `<` gets a mark behind it, which the tokenizer's normalizer removes again. -#}
 {%- macro plain(text) -%}
     {{- text | replace('\ufdd0', '\ufdd00') | replace('<', '<\ufdd01') -}}
