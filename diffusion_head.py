@@ -113,11 +113,12 @@ class SchemaDiffusionHead(nn.Module):
             The memory that `forward` and `slot_log_probs` read.
         """
         batch, length, _ = features.shape
+        # Padding becomes zero in everything below, so that nothing that reads a neighbour sees it, even if the base left
+        # NaN there.
+        features = features.to(self.dtype).masked_fill(~prompt_mask[..., None], 0.0)
         # Layers of a base differ in scale by orders of magnitude, so each is normalised by itself.
-        per_layer = features.to(self.dtype).view(batch, length, len(self.config.feature_layers), -1)
+        per_layer = features.view(batch, length, len(self.config.feature_layers), -1)
         fused = self.memory_norm(self.feature_proj(self.feature_norm(per_layer).flatten(2)))  # [batch, prompt, width]
-        # Padding is zeroed, so that nothing that reads a neighbour can see it.
-        fused = fused * prompt_mask[..., None].to(fused.dtype)
         rotation = self._rotation(real_positions(prompt_mask))
         copy_keys, copy_values = self.copy_reader.encode(fused)
         pairs = [layer.prompt_keys_values(fused, rotation) for layer in self.layers]  # type: ignore[operator]

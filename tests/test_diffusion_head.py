@@ -23,7 +23,7 @@ def features_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Hidden states that depend on each token alone, so that the base's own handling of padding plays no part."""
     table = torch.randn(VOCAB, len(model.config.feature_layers) * 32, generator=torch.Generator().manual_seed(1))
     features = table[ids]
-    return features if mask is None else features.masked_fill(~mask[..., None], 7.0)
+    return features if mask is None else features.masked_fill(~mask[..., None], torch.nan)
 
 
 def memory_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Any:
