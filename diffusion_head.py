@@ -113,8 +113,7 @@ class SchemaDiffusionHead(nn.Module):
             The memory that `forward` and `slot_log_probs` read.
         """
         batch, length, _ = features.shape
-        # Padding becomes zero in everything below, so that nothing that reads a neighbour sees it, even if the base left
-        # NaN there.
+        # Padding becomes zero in all that follows, so that no neighbour sees it, even where the base left NaN.
         features = features.to(self.dtype).masked_fill(~prompt_mask[..., None], 0.0)
         # Layers of a base differ in scale by orders of magnitude, so each is normalised by itself.
         per_layer = features.view(batch, length, len(self.config.feature_layers), -1)
