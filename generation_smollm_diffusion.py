@@ -157,6 +157,11 @@ class CallOptions:
             raise ValueError(f"tool_call_threshold={threshold!r} is no probability: use a number from 0 to 1, or None.")
 
 
+def context_of(config: Any) -> int | None:
+    """The length of the base's context in tokens, where its config states one."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def choose_tools(tools: Sequence[dict[str, Any]], tool_choice: Any) -> tuple[list[dict[str, Any]], bool]:
     """Apply `tool_choice` to the tools.
 
@@ -564,6 +569,11 @@ class _CallRun:
 
         At least one choice is made, the same as without a draft, so drafts can only save forwards.
         """
+        if self.room() == 0:
+            raise ValueError(
+                f"The prompt of {len(self.prompt_ids)} tokens leaves too little of the context of "
+                f"{context_of(self.model.config)} for the call: shorten it, drop tools, or allow fewer calls."
+            )
         with self.stats.timed("verify"):
             pending = self.reply[self.cached :]
             logits = self.forward([*pending, *draft])
@@ -601,7 +611,13 @@ class _CallRun:
             if draft is None:
                 return []
             tokens = call_continuation(self.vocabulary, tool, draft.arguments, written)
-            return self.cursor.follow(tokens)
+            # Some bases cannot run past their context at all.
+            return self.cursor.follow(tokens[: self.room()])
+
+    def room(self) -> int | None:
+        """How many tokens fit into the base's context behind the reply so far; None where it has no limit."""
+        context = context_of(self.model.config)
+        return None if context is None else max(0, context - len(self.prompt_ids) - len(self.reply))
 
     def accept_draft(self) -> None:
         """Write the rest of the current call from a draft, unchecked; what cannot be drafted is left to the base.
@@ -892,17 +908,25 @@ class SchemaGenerationMixin:
         self, prompt_length: int, tools: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, options: CallOptions
     ) -> ReplyGrammar:
         """The calls that are possible behind a prompt."""
-        limit = self.config.max_call_tokens
-        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit, reply_limit = self.config.max_call_tokens, None
+        context = context_of(self.config)
         if context is not None:
             if prompt_length >= context:
                 raise ValueError(
                     f"The prompt has {prompt_length} tokens, the model's context {context}: shorten it or drop tools."
                 )
-            limit = min(limit, context - prompt_length)
+            # The last call may begin in the middle of what is left, and what its schema requires comes on top.
+            reply_limit = (context - prompt_length) // 2
+            limit = min(limit, max(1, reply_limit // 2))
         scaffolds = [compile_scaffold(tool) for tool in tools]
-        vocabulary = self._vocabulary(tokenizer)
-        return ReplyGrammar(vocabulary, scaffolds, options.max_tool_calls, self.config.max_value_tokens, limit)
+        return ReplyGrammar(
+            self._vocabulary(tokenizer),
+            scaffolds,
+            options.max_tool_calls,
+            self.config.max_value_tokens,
+            limit,
+            reply_limit,
+        )
 
     def _chat(
         self,

@@ -470,6 +470,7 @@ class ReplyGrammar:
         max_tool_calls: most calls in one reply.
         max_value_tokens: most tokens of one value; at the limit a value may only end (see `Cursor.cut`).
         max_call_tokens: from this many tokens on, a call only takes what the schema requires, so that it ends.
+        max_reply_tokens: behind this many tokens no further call begins; None is no limit.
     """
 
     def __init__(
@@ -479,54 +480,53 @@ class ReplyGrammar:
         max_tool_calls: int,
         max_value_tokens: int,
         max_call_tokens: int,
+        max_reply_tokens: int | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         self.scaffolds = tuple(scaffolds)
         self.max_tool_calls = max_tool_calls
         self.max_value_tokens = max_value_tokens
         self.max_call_tokens = max_call_tokens
+        self.max_reply_tokens = max_reply_tokens
         self._tries: dict[tuple[Any, ...], tuple[_Trie, _Place]] = {}
 
     def start(self) -> "Cursor":
         """The cursor behind `<tool_call>\\n{"name": "` of the first call."""
-        ways, calls = self._enter(_Place("name"), 0, closing=False)
-        return Cursor(self, ways, calls)
+        return Cursor(self, self._enter(_Place("name"), closing=False, more=True))
 
     def opening(self) -> list[int]:
         """Tokens of the forced opening of a call."""
         return [self.vocabulary.call_start, *self.vocabulary.encode(CALL_OPENING)]
 
-    def _enter(self, place: _Place, calls: int, closing: bool) -> tuple[list[_Literal | _Value], int]:
-        """The ways on from a place, and the number of calls finished there."""
+    def _enter(self, place: _Place, closing: bool, more: bool) -> list[_Literal | _Value]:
+        """The ways on from a place; `closing`: only what the schema requires, `more`: another call may follow."""
         if place.kind == "stop":
-            return [], calls
-        if place.kind == "call end":
-            calls += 1
+            return []
         if place.kind == "value" and place.leaf is not None and place.leaf.kind != "choice":
             automaton = self.vocabulary.lift(_ESCAPED[place.leaf.kind]())
-            return self._at_value(_Value(place, automaton, 0, 0), closing), calls
-        trie = self._trie(place, calls, closing)
+            return self._at_value(_Value(place, automaton, 0, 0), closing)
+        trie = self._trie(place, closing, more)
         ways: list[_Literal | _Value] = [_Literal(trie, place.tool)] if trie.children else []
         for target in trie.places:  # the empty text among the choices is complete at once
-            ways.extend(self._enter(target, calls, closing)[0])
-        return ways, calls
+            ways.extend(self._enter(target, closing, more))
+        return ways
 
     def _at_value(self, value: _Value, closing: bool) -> list[_Literal | _Value]:
         ways: list[_Literal | _Value] = [value]
         if value.automaton.accepting[value.state]:
-            ways.append(_Literal(self._trie(replace(value.place, kind="gap"), 0, closing), value.tool))
+            ways.append(_Literal(self._trie(replace(value.place, kind="gap"), closing), value.tool))
         return ways
 
-    def _trie(self, place: _Place, calls: int, closing: bool) -> _Trie:
-        key = (*place.key, calls if place.kind == "call end" else 0, closing)
+    def _trie(self, place: _Place, closing: bool, more: bool = True) -> _Trie:
+        key = (*place.key, closing, more)
         if key not in self._tries:
             trie = _Trie()
-            for tokens, target in self._texts(place, calls, closing):
+            for tokens, target in self._texts(place, closing, more):
                 trie.add(tokens, target)
             self._tries[key] = trie, place  # the place keeps alive the objects whose ids are in the key
         return self._tries[key][0]
 
-    def _texts(self, place: _Place, calls: int, closing: bool) -> list[tuple[Sequence[int], _Place]]:
+    def _texts(self, place: _Place, closing: bool, more: bool) -> list[tuple[Sequence[int], _Place]]:
         """The literal token sequences that may come at a place, and where each leads."""
         encode, tool = self.vocabulary.encode, place.tool
         if place.kind == "name":
@@ -536,7 +536,7 @@ class ReplyGrammar:
             ]
         if place.kind == "call end":
             texts: list[tuple[Sequence[int], _Place]] = [([self.vocabulary.im_end], _Place("stop"))]
-            if calls < self.max_tool_calls:
+            if more:
                 texts.append(([*encode("\n"), *self.opening()], _Place("name")))
             return texts
         assert tool is not None
@@ -562,6 +562,7 @@ class Cursor:
         grammar: the grammar it moves in.
         ways: alternatives that are still open.
         calls: calls finished so far.
+        total: tokens of the reply so far, the forced opening left out.
         written: tokens of the call that is being written.
         cut: JSON pointers (in the schema) of values that reached the limit of their length and had to end there; an
             empty pointer for a call that reached its own.
@@ -569,7 +570,8 @@ class Cursor:
 
     grammar: ReplyGrammar
     ways: Sequence[_Literal | _Value]
-    calls: int
+    calls: int = 0
+    total: int = 0
     written: int = 0
     cut: tuple[str, ...] = ()
 
@@ -636,8 +638,10 @@ class Cursor:
     def advance(self, token: int) -> "Cursor | None":
         """The cursor behind one more token, or None where the grammar does not allow it."""
         ways: list[_Literal | _Value] = []
-        calls, cut, closing = self.calls, self.cut, self.written + 1 >= self.grammar.max_call_tokens
-        alive = False
+        grammar, calls, cut, alive = self.grammar, self.calls, self.cut, False
+        closing = self.written + 1 >= grammar.max_call_tokens
+        room = grammar.max_reply_tokens is None or self.total + 1 < grammar.max_reply_tokens
+        more = room and calls + 1 < grammar.max_tool_calls
         for way in self.ways:
             if isinstance(way, _Literal):
                 node = way.node.children.get(token)
@@ -647,19 +651,19 @@ class Cursor:
                 if node.children:
                     ways.append(_Literal(node, way.tool))
                 for place in node.places:
-                    entered, calls = self.grammar._enter(place, calls, closing)
-                    ways.extend(entered)
-            elif (room := self._room(way)) > 0 and bool(way.automaton.allowed(way.state, room)[token]):
+                    calls += place.kind == "call end"
+                    ways.extend(grammar._enter(place, closing, more))
+            elif (left := self._room(way)) > 0 and bool(way.automaton.allowed(way.state, left)[token]):
                 alive = True
                 grown = replace(way, state=int(way.automaton.next_state[way.state, token]), used=way.used + 1)
-                ways.extend(self.grammar._at_value(grown, closing))
-                if grown.used == self.grammar.max_value_tokens and way.place.leaf is not None:
+                ways.extend(grammar._at_value(grown, closing))
+                if grown.used == grammar.max_value_tokens and way.place.leaf is not None:
                     cut = (*cut, way.place.leaf.path)
         if not alive:
             return None
-        if self.written + 1 == self.grammar.max_call_tokens and calls == self.calls:
+        if self.written + 1 == grammar.max_call_tokens and calls == self.calls:
             cut = (*cut, "")
-        return Cursor(self.grammar, ways, calls, 0 if calls > self.calls else self.written + 1, cut)
+        return Cursor(grammar, ways, calls, self.total + 1, 0 if calls > self.calls else self.written + 1, cut)
 
     def follow(self, tokens: Iterable[int]) -> list[int]:
         """The longest prefix of `tokens` that the grammar allows from here."""

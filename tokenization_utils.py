@@ -407,7 +407,7 @@ def _tool_function(index: int, tool: Any) -> dict[str, Any]:
     try:
         # A copy through JSON: the caller's dict stays untouched, and what cannot be written into the prompt shows here.
         function = json.loads(json.dumps(function, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"tools[{index}] ({name!r}) cannot be written as JSON: {error}.") from error
     if function.get("parameters") is None:
         function["parameters"] = {"type": "object", "properties": {}}

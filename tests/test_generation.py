@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, SmolLM3Config
 
 import schemas
+import tiny_models
 from repo_package import load_repo_module
 from tiny_tokenizer import tiny_tokenizer
 
@@ -332,6 +333,24 @@ def test_names_with_a_common_beginning_cost_one_more(monkeypatch: pytest.MonkeyP
             assert verified.stats.base_forwards == 3
             done += 1
     assert done > 3
+
+
+@pytest.mark.parametrize("base", tiny_models.BASES)
+def test_any_base_calls_and_talks(base: str) -> None:
+    tokenizer = tiny_tokenizer()
+    config = tiny_models.tiny_config(base, string_budget=5, number_budget=5, max_value_tokens=8, max_call_tokens=40)
+    fields = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
+    config.text_config.update(fields)
+    model = SmolLMDiffusionForCausalLM(config).eval()
+    reference, verified = (respond(model, [WEATHER], decoding=decoding) for decoding in ("ar", "verified"))
+    assert verified.token_ids == reference.token_ids
+    assert_valid(verified, [WEATHER])
+    chat = respond(model, [WEATHER], tool_choice="none", max_new_tokens=4)
+    prompt = prompt_of([WEATHER])
+    alone = model.base.generate(
+        prompt, max_new_tokens=4, do_sample=False, suppress_tokens=[tokenizer.convert_tokens_to_ids("<tool_call>")]
+    )
+    assert chat.token_ids == alone[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
@@ -717,6 +736,15 @@ def test_missing_things_are_asked_for() -> None:
         model.generate(prompt_of([WEATHER]), tools=[WEATHER])
     with pytest.raises(ValueError, match="needs at least one tool"):
         respond(model, [], tool_choice="required")
+
+
+def test_a_prompt_that_leaves_no_room_for_a_call_is_refused() -> None:
+    model = shared_model()
+    context = model.config.text_config.max_position_embeddings
+    prompt = prompt_of([WEATHER])
+    prompt = torch.cat([prompt.new_full((1, context - 12 - prompt.shape[1]), 5), prompt], dim=1)
+    with pytest.raises(ValueError, match="leaves too little of the context"):
+        model.generate(prompt, tools=[WEATHER], tokenizer=tiny_tokenizer(), tool_choice="required")
 
 
 def test_a_prompt_longer_than_the_context_is_refused() -> None:

@@ -302,6 +302,13 @@ def test_normalising_copies() -> None:
     assert WEATHER["function"]["name"] == "get_weather"
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("tools", "fault"),
     [
@@ -317,6 +324,7 @@ def test_normalising_copies() -> None:
         ([{"name": "f", "parameters": {"type": "array"}}], r"tools\[0\] .*not an object schema"),
         ([{"name": "f", "parameters": True}], r"tools\[0\] .*not an object schema"),
         ([lambda x: x], r"tools\[0\] is a function that gives no schema"),
+        ([{"name": "f", "parameters": nested(5000)}], r"tools\[0\] .*cannot be written as JSON"),
     ],
 )
 def test_faulty_tools_are_named(tools: Any, fault: str) -> None:
