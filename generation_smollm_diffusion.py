@@ -470,6 +470,7 @@ class _CallRun:
         Returns:
             float [vocab], the logits behind the prompt, which route; those behind the opening are kept for the name.
         """
+        self.require_room()
         with self.stats.timed("prefill"):
             ids = torch.cat([self.prompt_ids, self.prompt_ids.new_tensor(self.opening)])
             length = len(self.prompt_ids)
@@ -569,11 +570,7 @@ class _CallRun:
 
         At least one choice is made, the same as without a draft, so drafts can only save forwards.
         """
-        if self.room() == 0:
-            raise ValueError(
-                f"The prompt of {len(self.prompt_ids)} tokens leaves too little of the context of "
-                f"{context_of(self.model.config)} for the call: shorten it, drop tools, or allow fewer calls."
-            )
+        self.require_room()
         with self.stats.timed("verify"):
             pending = self.reply[self.cached :]
             logits = self.forward([*pending, *draft])
@@ -611,13 +608,20 @@ class _CallRun:
             if draft is None:
                 return []
             tokens = call_continuation(self.vocabulary, tool, draft.arguments, written)
-            # Some bases cannot run past their context at all.
             return self.cursor.follow(tokens[: self.room()])
 
     def room(self) -> int | None:
         """How many tokens fit into the base's context behind the reply so far; None where it has no limit."""
         context = context_of(self.model.config)
         return None if context is None else max(0, context - len(self.prompt_ids) - len(self.reply))
+
+    def require_room(self) -> None:
+        """Refuse to run the base past its context, which some bases cannot do at all."""
+        if self.room() == 0:
+            raise ValueError(
+                f"The prompt of {len(self.prompt_ids)} tokens leaves too little of the context of "
+                f"{context_of(self.model.config)} for the call: shorten it, drop tools, or allow fewer calls."
+            )
 
     def accept_draft(self) -> None:
         """Write the rest of the current call from a draft, unchecked; what cannot be drafted is left to the base.

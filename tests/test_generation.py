@@ -742,7 +742,7 @@ def test_a_prompt_that_leaves_no_room_for_a_call_is_refused() -> None:
     model = shared_model()
     context = model.config.text_config.max_position_embeddings
     prompt = prompt_of([WEATHER])
-    prompt = torch.cat([prompt.new_full((1, context - 12 - prompt.shape[1]), 5), prompt], dim=1)
+    prompt = torch.cat([prompt.new_full((1, context - 3 - prompt.shape[1]), 5), prompt], dim=1)
     with pytest.raises(ValueError, match="leaves too little of the context"):
         model.generate(prompt, tools=[WEATHER], tokenizer=tiny_tokenizer(), tool_choice="required")
 
