@@ -25,6 +25,8 @@ from repo_package import ROOT
 
 from .data import (
     DEFAULT_DATA,
+    SOURCE_WEIGHTS,
+    TALK_SOURCES,
     PromptStyle,
     Row,
     RowStream,
@@ -61,6 +63,7 @@ class BaseRun:
         prompt_share: part of the prompt positions that are predicted too.
         prompt_weight: loss weight of a predicted prompt position against one of the reply.
         follow_ups: most further requests on the tools of one row.
+        talk_weight: multiplies the weights of the sources that want no call (refusals and chat).
         eval_minutes: minutes between evaluations.
         save_minutes: minutes between checkpoints.
         eval_rows: rows of each evaluation set used while training.
@@ -79,6 +82,7 @@ class BaseRun:
     prompt_share: float = 0.2
     prompt_weight: float = 0.5
     follow_ups: int = 6
+    talk_weight: float = 1.0
     eval_minutes: float = 5.0
     save_minutes: float = 10.0
     eval_rows: int = 100
@@ -276,7 +280,13 @@ class BaseTrainer:
         # A resumed run goes on with fresh draws instead of repeating the first ones.
         self.generator = torch.Generator().manual_seed(options.seed + self.step)
         self.rng = random.Random(options.seed + self.step)
-        self.stream = RowStream(options.data, tokenizer, seed=options.seed + self.step, follow_ups=options.follow_ups)
+        weights = {
+            name: weight * (options.talk_weight if name in TALK_SOURCES else 1)
+            for name, weight in SOURCE_WEIGHTS.items()
+        }
+        self.stream = RowStream(
+            options.data, tokenizer, seed=options.seed + self.step, follow_ups=options.follow_ups, weights=weights
+        )
         simple = [record for record in dev_records(options.data) if is_simple(record)]
         self.sets = {
             "seen tools": evaluation_rows(held_out_records(options.data)[: options.eval_rows], tokenizer),

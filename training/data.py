@@ -51,6 +51,13 @@ SOURCE_WEIGHTS = {
 }
 """How often each file is drawn. Natural requests count far more per record than the many template-made ones."""
 
+TALK_SOURCES = frozenset(
+    name
+    for name in SOURCE_WEIGHTS
+    if name.startswith("text/") or name in ("train/irrelevance_removed", "train/nocall_misc")
+)
+"""Files whose records want no call."""
+
 HELD_OUT_SOURCES = ("snips", "hwu64", "home_assistant", "restaurants8k", "ste", "gpteacher_toolformer", "taskmaster4")
 """Natural call files out of which the seen-tools evaluation set is chosen."""
 
