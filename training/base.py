@@ -25,8 +25,6 @@ from repo_package import ROOT
 
 from .data import (
     DEFAULT_DATA,
-    SOURCE_WEIGHTS,
-    TALK_SOURCES,
     PromptStyle,
     Row,
     RowStream,
@@ -34,6 +32,7 @@ from .data import (
     evaluation_rows,
     held_out_records,
     is_simple,
+    source_weights,
 )
 from .optimizers import MuonAdamW, trapezoid
 
@@ -280,12 +279,12 @@ class BaseTrainer:
         # A resumed run goes on with fresh draws instead of repeating the first ones.
         self.generator = torch.Generator().manual_seed(options.seed + self.step)
         self.rng = random.Random(options.seed + self.step)
-        weights = {
-            name: weight * (options.talk_weight if name in TALK_SOURCES else 1)
-            for name, weight in SOURCE_WEIGHTS.items()
-        }
         self.stream = RowStream(
-            options.data, tokenizer, seed=options.seed + self.step, follow_ups=options.follow_ups, weights=weights
+            options.data,
+            tokenizer,
+            seed=options.seed + self.step,
+            follow_ups=options.follow_ups,
+            weights=source_weights(options.talk_weight),
         )
         simple = [record for record in dev_records(options.data) if is_simple(record)]
         self.sets = {

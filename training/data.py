@@ -51,13 +51,6 @@ SOURCE_WEIGHTS = {
 }
 """How often each file is drawn. Natural requests count far more per record than the many template-made ones."""
 
-TALK_SOURCES = frozenset(
-    name
-    for name in SOURCE_WEIGHTS
-    if name.startswith("text/") or name in ("train/irrelevance_removed", "train/nocall_misc")
-)
-"""Files whose records want no call."""
-
 HELD_OUT_SOURCES = ("snips", "hwu64", "home_assistant", "restaurants8k", "ste", "gpteacher_toolformer", "taskmaster4")
 """Natural call files out of which the seen-tools evaluation set is chosen."""
 
@@ -83,6 +76,19 @@ SMALL_TALK = (
     "Could you tell me a little more?",
     "I am not sure about that one.",
 )
+
+
+def source_weights(talk_weight: float = 1.0) -> dict[str, float]:
+    """How often each file is drawn.
+
+    Args:
+        talk_weight: multiplies the weights of the files whose records want no call.
+    """
+    refusals = ("train/irrelevance_removed", "train/nocall_misc")
+    return {
+        name: weight * (talk_weight if name.startswith("text/") or name in refusals else 1.0)
+        for name, weight in SOURCE_WEIGHTS.items()
+    }
 
 
 @dataclass(frozen=True)
