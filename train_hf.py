@@ -1,4 +1,4 @@
-"""The training command: `python train_hf.py --stage tokenizer|base|head|decision ...`. Parses arguments and calls `training/`.
+"""The training command: `python train_hf.py --stage tokenizer|base|head|decision ...`; the work is in `training/`.
 
 Options of a stage are the fields of its dataclass: `python train_hf.py --stage head --help` lists them.
 """
