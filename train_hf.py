@@ -1,4 +1,4 @@
-"""The training command: `python train_hf.py --stage tokenizer|base|head|decision ...`; the work is in `training/`.
+"""The training command: `python train_hf.py --stage tokenizer|base|head ...`; the work is in `training/`.
 
 Options of a stage are the fields of its dataclass: `python train_hf.py --stage head --help` lists them.
 """
@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, HfArgumentParser
 from repo_package import ROOT, load_repo_module
 from training.base import BaseRun, BaseTrainer
 from training.data import DEFAULT_DATA, tokenizer_texts
-from training.decision import DecisionRun, calibrate
 from training.head import HeadRun, train_head
 
 logger = logging.getLogger("train_hf")
@@ -66,7 +65,6 @@ STAGES = {
     "tokenizer": (TokenizerRun, train_tokenizer),
     "base": (BaseRun, train_base),
     "head": (HeadRun, train_default_head),
-    "decision": (DecisionRun, calibrate),
 }
 
 

@@ -299,6 +299,8 @@ def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
         decoding="verified",
         num_diffusion_steps=4,
         max_tool_calls=8,
+        # A call's first token is one, a text's are many: the argmax calls long before a call is the likelier reply.
+        tool_call_threshold=0.5,
     )
     final = run.output / "final"
     model.to(torch.bfloat16).save_pretrained(final)

@@ -1,0 +1,37 @@
+"""The model card: its metadata can be read, and its figures are those that the committed measurement wrote."""
+
+import json
+import re
+
+from huggingface_hub import ModelCard
+
+from repo_package import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "eval" / "results" / "held_out.json").read_text(encoding="utf-8"))
+
+
+def test_the_card_has_the_metadata_that_the_hub_reads() -> None:
+    data = ModelCard.load(ROOT / "README.md").data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
+
+
+def test_the_table_shows_the_measured_figures() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| ")
+    ]
+    table = {(row[0], row[1].strip("`")): row[2:] for row in rows if row[0] in ("seen tools", "unseen tools")}
+    for name, decodings in RESULTS["sets"].items():
+        for decoding, counts in decodings.items():
+            shown = table[f"{name} tools", decoding]
+            assert shown[0] == f"{counts['right']} of {counts['requests']}"
+            assert shown[1] == f"{counts['calls_right']} of {counts['calls_wanted']}"
+            assert shown[2] == f"{counts['base_forwards_per_call']}"
+
+
+def test_the_command_of_the_measurement_is_shown() -> None:
+    assert RESULTS["command"] in README
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"@@\w+@@", README)
