@@ -51,10 +51,26 @@ MUSIC = {
         },
     },
 }
+ALARM = {
+    "type": "function",
+    "function": {
+        "name": "set_alarm",
+        "description": "Set an alarm",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "time": {"type": "string", "description": "Time of the alarm"},
+                "day": {"type": "string", "description": "Day of the alarm"},
+                "repeat": {"type": "string", "enum": ["once", "daily", "weekly"]},
+            },
+            "required": ["time"],
+        },
+    },
+}
 REQUESTS = [
-    ("a call", "What is the weather in Lisbon tomorrow?", [WEATHER]),
-    ("a call with optional and enum arguments", "play songs by Nina Simone in the kitchen", [WEATHER, MUSIC]),
-    ("a chat turn", "Thank you, that was very kind of you!", [WEATHER, MUSIC]),
+    ("a call", "What is the weather in Lisbon tomorrow?", [WEATHER, MUSIC]),
+    ("a call with optional and enum arguments", "wake me up at 7 am on monday", [WEATHER, ALARM]),
+    ("a chat turn", "are you a robot", [WEATHER, ALARM]),
 ]
 
 _MASKED, _ABSENT = "▒", "∅"
@@ -180,7 +196,7 @@ def main() -> None:
     print(f"model with {size:.1f}M parameters loaded in {time.perf_counter() - start:.1f} s")
     requests = REQUESTS
     if options.text:
-        requests = [("your request", options.text, read_tools(options.tools) if options.tools else [WEATHER, MUSIC])]
+        requests = [("your request", options.text, read_tools(options.tools) if options.tools else [WEATHER, ALARM])]
     for title, text, tools in requests:
         print(f"\n{style.head(title)}: {text}")
         try:
