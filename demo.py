@@ -190,7 +190,7 @@ def main() -> None:
     logging.disable_progress_bar()
     style = Style(sys.stdout.isatty())
     start = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype=torch.float32).eval()
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"model with {size:.1f}M parameters loaded in {time.perf_counter() - start:.1f} s")

@@ -815,7 +815,7 @@ class SchemaGenerationMixin:
         if not hasattr(self, "_tokenizer_beside"):
             source = self.config.name_or_path
             try:
-                found = AutoTokenizer.from_pretrained(source) if source else None
+                found = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if source else None
             except (OSError, ValueError):
                 found = None
             self._tokenizer_beside = found

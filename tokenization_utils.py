@@ -332,7 +332,7 @@ def build_tokenizer(base: str | Path | PreTrainedTokenizerFast) -> PreTrainedTok
         ValueError: the tokenizer is not a fast one, or an added token does not start with `<` and so could not be
             escaped in content.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base) if isinstance(base, (str, Path)) else base
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False) if isinstance(base, (str, Path)) else base
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: use one that loads from tokenizer.json.")
     known = {token.content for token in tokenizer.added_tokens_decoder.values()}

@@ -49,7 +49,7 @@ def train_tokenizer(run: TokenizerRun) -> None:
 
 def train_base(run: BaseRun) -> None:
     """Pre-train the default base; an interrupted run in the same output folder is resumed."""
-    BaseTrainer(run, AutoTokenizer.from_pretrained(run.tokenizer)).run()
+    BaseTrainer(run, AutoTokenizer.from_pretrained(run.tokenizer, trust_remote_code=False)).run()
 
 
 def train_default_head(run: HeadRun) -> None:

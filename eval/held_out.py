@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "ar" not in options.decodings:
         parser.error("--decodings must hold ar: the others are compared with it")
     torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         options.model, trust_remote_code=True, dtype=getattr(torch, options.dtype)
     )

@@ -35,7 +35,7 @@ REQUEST = [{"role": "user", "content": "What is the weather in Lisbon?"}]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ROOT)
+    return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ CHILD = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, tools, messages = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
 reply = model.respond(messages, tools=tools, tokenizer=tokenizer, tool_choice="required", max_tool_calls=1)
 print(json.dumps({"ids": reply.token_ids, "trained": sum(p.requires_grad for p in model.base.parameters())}))

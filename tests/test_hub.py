@@ -19,7 +19,7 @@ LOAD = """
 import sys, json, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 repo, base, commit, out = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(repo)
+tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, revision="main", code_revision="main")
 tool = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 reply = model.respond([{"role": "user", "content": "weather in Lisbon"}], tools=[tool], tokenizer=tokenizer,

@@ -34,7 +34,7 @@ argument_objects = st.dictionaries(texts, json_values, max_size=4)
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(ROOT)
+    return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
 
 
 def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:

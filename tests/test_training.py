@@ -51,7 +51,7 @@ def write(path: Path, records: list[Record]) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(ROOT)
+    return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
 
 
 @pytest.fixture
