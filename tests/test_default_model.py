@@ -114,7 +114,7 @@ def test_generate_and_parse_response_give_the_call(model: Any, tokenizer: Any) -
 
 def test_the_pipeline_calls_a_tool(model: Any) -> None:
     pipe = pipeline("text-generation", model=str(ROOT), trust_remote_code=True, dtype=torch.float32)
-    answer = pipe(REQUEST, tokenizer_encode_kwargs={"tools": [WEATHER]}, tool_choice="required")
+    answer = pipe(REQUEST, tools=[WEATHER], tool_choice="required")
     message = answer[0]["generated_text"][-1]
     assert message["role"] == "assistant"
     assert message["tool_calls"][0]["function"]["name"] == "get_weather"
