@@ -38,6 +38,8 @@ DECODINGS = ("verified", "diffusion", "ar")
 MAX_DIFFUSION_STEPS = 8
 # A canvas beyond this many positions is not drafted: `verified` falls back to the reference, `diffusion` refuses.
 MAX_CANVAS_POSITIONS = 4096
+# Drafts in a row that saved nothing, after which the base writes the rest of the call by itself.
+MAX_VAIN_DRAFTS = 3
 # A head that wants still longer arrays is not followed: the base writes the call.
 MAX_ARRAY_BUDGET = 64
 
@@ -459,6 +461,7 @@ class _CallRun:
         self.reply: list[int] = list(self.opening)
         self.cached = 0  # reply tokens whose keys and values are in the cache
         self.first_drafts: dict[int, Draft | None] = {}  # by the number of the call
+        self.vain_drafts: dict[int, int] = {}  # in a row, by the number of the call
         self.drafter: HeadDrafter | None = None
         self.name_logits: Tensor | None = None
 
@@ -574,7 +577,7 @@ class _CallRun:
         with self.stats.timed("verify"):
             pending = self.reply[self.cached :]
             logits = self.forward([*pending, *draft])
-            accepted = 0
+            call, accepted, saved = self.cursor.calls, 0, 0
             while not self.cursor.finished:
                 forced = self.cursor.forced()
                 token = self.cursor.choose(logits[len(pending) - 1 + accepted]) if forced is None else forced
@@ -582,6 +585,9 @@ class _CallRun:
                 if accepted == len(draft) or token != draft[accepted]:
                     break
                 accepted += 1
+                saved += forced is None
+            if draft:
+                self.vain_drafts[call] = 0 if saved else self.vain_drafts.get(call, 0) + 1
             drop = len(draft) - accepted
             if drop:
                 self.cache.crop(-drop)
@@ -594,9 +600,9 @@ class _CallRun:
             self.trace.append(TraceEvent("verify", {name: decode(tokens) for name, tokens in texts.items()}))
 
     def draft(self) -> list[int]:
-        """Tokens that may complete the current call; empty while its tool is open or where nothing can be drafted."""
+        """Tokens that may complete the current call; empty while its tool is open or where drafting does not pay."""
         tool = self.cursor.tool
-        if tool is None or self.drafter is None:
+        if tool is None or self.drafter is None or self.vain_drafts.get(self.cursor.calls, 0) >= MAX_VAIN_DRAFTS:
             return []
         with self.stats.timed("draft"):
             written = self.current_call()

@@ -70,7 +70,13 @@ def answer(model: Any, tokenizer: Any, vocabulary: Any, row: Row, decoding: str)
     ids = torch.tensor([row.prompt_ids], device=model.device)
     start = time.perf_counter()
     output = model.generate(
-        ids, tools=row.tools, tokenizer=tokenizer, decoding=decoding, return_dict_in_generate=True, max_new_tokens=1
+        ids,
+        tools=row.tools,
+        tokenizer=tokenizer,
+        decoding=decoding,
+        max_tool_calls=2,  # enough to see that one too many was made
+        return_dict_in_generate=True,
+        max_new_tokens=1,  # of a text reply, which is not looked at
     )
     seconds = time.perf_counter() - start
     reply = output.sequences[0, ids.shape[1] :].tolist()
@@ -141,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     model.eval()
     vocabulary = grammar.Vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     results: dict[str, Any] = {
-        "command": f"python -m eval.held_out --limit {options.limit} --dtype {options.dtype}",
+        "command": f"python -m eval.held_out --sets {' '.join(options.sets)} --limit {options.limit} --threads {options.threads}",
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
