@@ -147,7 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     model.eval()
     vocabulary = grammar.Vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     results: dict[str, Any] = {
-        "command": f"python -m eval.held_out --sets {' '.join(options.sets)} --limit {options.limit} --threads {options.threads}",
+        "command": f"python -m eval.held_out --sets {' '.join(options.sets)} --limit {options.limit} "
+        f"--threads {options.threads}",
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
