@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TYPES := .mypy_cache/package
+# What `trust_remote_code` loads; the other files at the top are commands.
+MODULES := $(filter-out train_hf.py demo.py repo_package.py,$(wildcard *.py))
 TRANSFORMERS = $$($(BIN)/python -c "import transformers; print(transformers.__version__)")
 
 .PHONY: demo test test-all lint types modeling-common-tests clean
@@ -25,12 +27,11 @@ lint: $(VENV)/.dev-stamp types
 # repo_package.py makes of them.
 types: $(VENV)/.dev-stamp
 	rm -rf $(TYPES) && mkdir -p $(TYPES)/smollm_diffusion
-	ln -s $(CURDIR)/*_smollm_diffusion.py $(CURDIR)/diffusion_head.py $(CURDIR)/noise_schedule.py \
-		$(CURDIR)/schema_scaffold.py $(CURDIR)/slot_grammar.py $(CURDIR)/tokenization_utils.py $(TYPES)/smollm_diffusion/
+	ln -s $(addprefix $(CURDIR)/,$(MODULES)) $(TYPES)/smollm_diffusion/
 	touch $(TYPES)/smollm_diffusion/__init__.py
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p smollm_diffusion
-	MYPYPATH=tests:tests/common $(BIN)/mypy --explicit-package-bases $(filter-out %_smollm_diffusion.py diffusion_head.py noise_schedule.py \
-		schema_scaffold.py slot_grammar.py tokenization_utils.py,$(wildcard *.py)) $(wildcard training eval tests)
+	MYPYPATH=tests:tests/common $(BIN)/mypy --explicit-package-bases \
+		$(filter-out $(MODULES),$(wildcard *.py)) $(wildcard training eval tests)
 
 # transformers' own tests of a model class, from the source distribution of exactly the installed version.
 modeling-common-tests: $(VENV)/.dev-stamp

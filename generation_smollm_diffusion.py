@@ -20,16 +20,10 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 from transformers.utils import ModelOutput, logging
 
 from .diffusion_head import PromptMemory
-from .schema_scaffold import Observed, Scaffold, compile_scaffold, draft_layout
-from .slot_grammar import (
-    Canvas,
-    CanvasSlot,
-    ReplyGrammar,
-    Vocabulary,
-    build_canvas,
-    call_continuation,
-    commit_slot,
-)
+from .reply_grammar import ReplyGrammar, call_continuation
+from .scaffold_layout import Observed, draft_layout
+from .schema_scaffold import Scaffold, compile_scaffold
+from .slot_grammar import Canvas, CanvasSlot, Vocabulary, build_canvas, commit_slot, commit_slots, slot_budget
 from .tokenization_utils import THINK_END_TOKEN, THINK_TOKEN, normalise_tools, tools_from_prompt_ids
 
 logger = logging.get_logger(__name__)
@@ -135,6 +129,8 @@ class CallOptions:
         num_diffusion_steps: denoising steps of a draft, 1 to 8.
         tool_call_threshold: calls when P(call) is at least this; None calls when it is the base's argmax.
         max_tool_calls: most calls in one reply.
+        on_unsupported: what becomes of a value whose schema cannot be guaranteed: `"error"` raises
+            `UnsupportedSchemaError`, `"ar"` lets the base write it under the guidance of llguidance.
         output_trace: keep a trace of what happened.
     """
 
@@ -143,11 +139,14 @@ class CallOptions:
     num_diffusion_steps: int = 4
     tool_call_threshold: float | None = None
     max_tool_calls: int = 8
+    on_unsupported: str = "error"
     output_trace: bool = False
 
     def __post_init__(self) -> None:
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding={self.decoding!r} is unknown: use one of {', '.join(DECODINGS)}.")
+        if self.on_unsupported not in ("error", "ar"):
+            raise ValueError(f'on_unsupported={self.on_unsupported!r} is unknown: use "error" or "ar".')
         for name, high in (("num_diffusion_steps", MAX_DIFFUSION_STEPS), ("max_tool_calls", None)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (high and value > high):
@@ -297,30 +296,31 @@ class _CanvasState:
     def commit_structure(self, log_probs: Tensor) -> bool:
         """Decide presence and lengths, outer before inner; dead slots become NULL. False: contradiction."""
         for index, slot in enumerate(self.canvas.slots):
-            self.alive[index] = all(self.decided[control] > least for control, least in slot.slot.alive_if)
+            conditions = slot.slot.alive_if
+            self.alive[index] = all(low <= self.decided[control] <= high for control, low, high in conditions)
             if not self.alive[index]:
                 self.ids[slot.positions] = self.canvas.null_id
-                self.decided[index] = 0
-            elif slot.slot.role != "value":
+                self.decided[index] = -1  # in no range, so what depends on it is not alive either
+            elif slot.slot.role not in ("value", "key"):
                 commit = commit_slot(slot, self.rows(index, log_probs), self.fixed(slot), self.canvas.null_id)
                 if commit is None:
                     return False
                 self.ids[slot.positions] = commit.tokens
-                text = self.canvas.text(slot, commit.tokens)
-                self.decided[index] = int(text == "true") if slot.slot.role == "presence" else int(text)
+                self.decided[index] = slot.slot.decision(self.canvas.text(slot, commit.tokens))
         return True
 
     def commit_values(self, log_probs: Tensor, steps_left: int) -> bool:
         """Commit the most confident share of the masked positions. False: what is committed fits no string."""
         places, tokens, confidences = [], [], []
-        for index, slot in enumerate(self.canvas.slots):
-            fixed = self.fixed(slot)
-            free = fixed < 0
-            if not bool(free.any()):
-                continue
-            commit = commit_slot(slot, self.rows(index, log_probs), fixed, self.canvas.null_id)
+        fixed = [self.fixed(slot) for slot in self.canvas.slots]
+        indices = [index for index, known in enumerate(fixed) if bool((known < 0).any())]
+        slots = [self.canvas.slots[index] for index in indices]
+        rows = [self.rows(index, log_probs) for index in indices]
+        commits = commit_slots(slots, rows, [fixed[index] for index in indices], self.canvas.null_id)
+        for index, slot, commit in zip(indices, slots, commits, strict=True):
             if commit is None:
                 return False
+            free = fixed[index] < 0
             confidence = torch.where(free, commit.confidence, 1.0)
             # A NULL ends the value, so it can be no surer than everything in front of it.
             so_far = confidence.cummin(0).values
@@ -334,11 +334,18 @@ class _CanvasState:
             self.ids[place[keep]] = token[keep]
         return True
 
+    def text(self, slot: CanvasSlot) -> str:
+        """The text of a slot; one that goes on behind it is brought to an end on the shortest way."""
+        tokens = self.ids[slot.positions]
+        if slot.slot.leaf.automaton is None:
+            return self.canvas.text(slot, tokens)
+        return slot.slot.leaf.automaton.completed(self.canvas.vocabulary.spell(tokens.tolist())).decode()
+
     def draft(self) -> Draft:
         texts: list[str | None] = []
         overflowing = []
         for index, slot in enumerate(self.canvas.slots):
-            text = self.canvas.text(slot, self.ids[slot.positions]) if self.alive[index] else None
+            text = self.text(slot) if self.alive[index] else None
             texts.append(text)
             at_budget = slot.slot.open_ended and text == slot.slot.leaf.choices[-1]
             if self.alive[index] and (at_budget or self.canvas.overflows(slot, self.ids[slot.positions])):
@@ -408,17 +415,19 @@ class HeadDrafter:
         self, scaffold: Scaffold, written: str, array_budget: int, widths: dict[int, int]
     ) -> tuple[Canvas | None, list[Observed | None]]:
         """The canvas with room for what is written and at least `widths`; None when it would be too large."""
-        while True:
+        layout, beyond = None, True
+        while beyond and array_budget <= MAX_ARRAY_BUDGET:
             layout = draft_layout(scaffold, array_budget)
             if layout is None:
                 return None, []
             observed, beyond = layout.observe(written)
-            if not beyond:
-                break
             array_budget *= 2
+        if layout is None or beyond:
+            return None, []
         budgets = []
         for index, (slot, known) in enumerate(zip(layout.slots, observed, strict=True)):
-            budget = self.config.string_budget if slot.leaf.kind == "string" else self.config.number_budget
+            default = self.config.string_budget if slot.leaf.kind == "string" else self.config.number_budget
+            budget = default if slot.leaf.automaton is None else slot_budget(slot.leaf, default)
             while known is not None and len(self.vocabulary.encode(known.text)) >= budget:
                 budget *= 2
             budgets.append(max(budget, widths.get(index, 0)))
@@ -675,9 +684,11 @@ class _CallRun:
             layout = draft_layout(scaffold, self.model.config.array_budget)
             if draft is None or layout is None:
                 continue
-            values = [number for number, slot in enumerate(layout.slots) if slot.role == "value"]
-            final = layout.texts(call["arguments"])
-            drafted = layout.texts(draft.arguments)
+            values = [number for number, slot in enumerate(layout.slots) if slot.role in ("value", "key")]
+            try:
+                final, drafted = layout.texts(call["arguments"]), layout.texts(draft.arguments)
+            except ValueError:
+                continue  # it went beyond what is laid out for a drafter
             alive = [number for number in values if drafted[number] is not None]
             self.stats.drafted_slots += len(alive)
             self.stats.accepted_slots += sum(drafted[number] == final[number] for number in alive)
@@ -928,7 +939,7 @@ class SchemaGenerationMixin:
             # The last call may begin in the middle of what is left, and what its schema requires comes on top.
             reply_limit = (context - prompt_length) // 2
             limit = min(limit, max(1, reply_limit // 2))
-        scaffolds = [compile_scaffold(tool) for tool in tools]
+        scaffolds = [compile_scaffold(tool, options.on_unsupported) for tool in tools]
         return ReplyGrammar(
             self._vocabulary(tokenizer),
             scaffolds,

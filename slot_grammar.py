@@ -1,34 +1,33 @@
-"""Token grammars of a call: what a model may write next, and the best string a slot can hold.
+"""Tokens seen as bytes, automata over tokens, and the best string that each slot of a drafted call can hold.
 
-Takes scaffolds and a tokenizer, gives `Cursor`, the left-to-right grammar of a whole reply of calls that the
-reference and the verification share, and `Canvas`, a drafter's slots with exact joint commits. Knows tensors, but no
-torch module.
+Takes a tokenizer and layouts. Gives `Vocabulary`, which lifts byte automata to tokens (kept on disk where that is
+dear), `Canvas`, a call laid out as tokens with masked slots, exact joint commits of slots and their exact marginals.
+Knows tensors, but no torch module.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from typing import Any
+import codecs
+import hashlib
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import constants as hub
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
-from .schema_scaffold import (
-    ArrayNode,
-    DraftSlot,
-    Frame,
-    Layout,
-    Leaf,
-    Option,
-    Scaffold,
-    SlotKind,
-    SlotRole,
-    argument_segments,
-    first_options,
-    next_options,
-)
+from .byte_automata import AutomatonTooLarge, ByteAutomaton
+from .scaffold_layout import DraftSlot, Layout, SlotRole
+from .schema_scaffold import Leaf, SlotKind
 from .tokenization_utils import (
     CALL_OPENING,
     IM_END_TOKEN,
@@ -38,6 +37,8 @@ from .tokenization_utils import (
     escape_content,
 )
 
+logger = logging.get_logger(__name__)
+
 # Longer tokens (runs of spaces, rules of dashes) are never needed to spell a value and would only widen the tables.
 MAX_TOKEN_BYTES = 48
 
@@ -45,230 +46,342 @@ NEGATIVE_INFINITY = float("-inf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Byte automata of the open kinds
+# Automata over tokens
 # ---------------------------------------------------------------------------------------------------------------------
+
+# A mask is as wide as the vocabulary and takes a fraction of a millisecond to make: keep the last few.
+_MAX_MASKS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class ByteAutomaton:
-    """A deterministic automaton over bytes, start state 0.
+class TokenAutomaton:
+    """A byte automaton lifted to a vocabulary, start state 0; tokens that do the same in every state share a class.
 
     Args:
-        transitions: int16 [states, 256], next state or -1.
+        token_class: int32 [vocab], class of each token id; class 0 is accepted nowhere.
+        transitions: int16 [states, classes], next state or -1.
+        chars: int8 [states, classes], characters that a token of the class begins there.
         accepting: bool [states].
+        chars_needed, bytes_needed: int64 [states], as of the byte automaton.
+        device: where masks are made.
     """
 
+    token_class: np.ndarray
     transitions: np.ndarray
+    chars: np.ndarray
     accepting: np.ndarray
+    chars_needed: np.ndarray
+    bytes_needed: np.ndarray
+    device: torch.device
 
-    def accepts(self, text: bytes) -> bool:
-        """Whether the automaton accepts the whole text."""
-        state = 0
-        for byte in text:
-            state = int(self.transitions[state, byte])
-            if state < 0:
-                return False
+    def step(self, state: int, token: int) -> tuple[int, int]:
+        """The state behind one more token, or -1, and the characters that the token begins."""
+        label = self.token_class[token]
+        return int(self.transitions[state, label]), int(self.chars[state, label])
+
+    def accepts(self, state: int) -> bool:
+        """Whether a value may end in a state."""
         return bool(self.accepting[state])
 
+    def grows(self, state: int, chars_left: int | None) -> bool:
+        """Whether any token may follow in a state, with so many characters left (None: any number)."""
+        return bool(self._allowed_classes(state, None, chars_left).any())
 
-class _Builder:
-    """Collects named states and edges; states get numbers in the order of their first mention."""
+    def allowed(self, state: int, room: int, chars_left: int | None) -> Tensor:
+        """The tokens that may come next in a value whose length is limited.
 
-    def __init__(self) -> None:
-        self.names: dict[Any, int] = {}
-        self.edges: list[tuple[int, int, int]] = []
-        self.accepting: set[int] = set()
+        A value without room may only finish, on a shortest way.
 
-    def state(self, name: Any, accepting: bool = False) -> int:
-        number = self.names.setdefault(name, len(self.names))
-        if accepting:
-            self.accepting.add(number)
-        return number
+        Args:
+            state: where it is.
+            room: how many tokens the value may still take; may be negative.
+            chars_left: how many characters it may still begin, at least `chars_needed[state]`; None is no limit.
 
-    def edge(self, source: Any, label: str | bytes | Iterable[int], target: Any) -> None:
-        codes = label.encode("latin-1") if isinstance(label, str) else label
-        start, end = self.state(source), self.state(target)
-        self.edges.extend((start, code, end) for code in codes)
+        Returns:
+            bool [vocab], shared: do not change it. Empty where the state accepts and no room is left.
+        """
+        limit = max(room - 1, int(self.bytes_needed[state]) - 1)
+        if chars_left is not None and chars_left >= self._chars_at_most[state]:
+            chars_left = None
+        key = (state, min(limit, self._farthest), chars_left)
+        if key not in self._masks:
+            if len(self._masks) >= _MAX_MASKS:
+                self._masks.clear()
+            classes = torch.from_numpy(self._allowed_classes(state, limit, chars_left)).to(self.device)
+            self._masks[key] = classes.index_select(0, self._class_index)
+        return self._masks[key]
 
-    def build(self) -> ByteAutomaton:
-        transitions = np.full((len(self.names), 256), -1, dtype=np.int16)
-        for source, code, target in self.edges:
-            transitions[source, code] = target
-        accepting = np.array([number in self.accepting for number in range(len(self.names))])
-        return ByteAutomaton(transitions, accepting)
+    def _allowed_classes(self, state: int, limit: int | None, chars_left: int | None) -> np.ndarray:
+        """bool [classes]: what leads to a state with `bytes_needed` up to the limit, within the characters left."""
+        after = self.transitions[state]
+        allowed = after >= 0
+        if limit is not None:
+            allowed &= self.bytes_needed[after] <= limit
+        if chars_left is not None:
+            allowed &= self.chars[state] + self.chars_needed[after] <= chars_left
+        return allowed
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held, with the masks and tables made so far."""
+        own = [self.token_class, self.transitions, self.chars, self.accepting, self.chars_needed, self.bytes_needed]
+        made = [self.__dict__[name] for name in ("labels", "counted_labels", "steps") if name in self.__dict__]
+        return sum(held.nbytes for held in [*own, *self._masks.values(), *made])
 
-def _add_utf8(builder: _Builder, home: str) -> None:
-    """Edges from and to `home` for every well-formed multi-byte character. Source: Unicode 15, table 3-7."""
-    rows = [
-        (range(0xC2, 0xE0), range(0x80, 0xC0), 0),
-        (range(0xE0, 0xE1), range(0xA0, 0xC0), 1),
-        (range(0xE1, 0xED), range(0x80, 0xC0), 1),
-        (range(0xED, 0xEE), range(0x80, 0xA0), 1),
-        (range(0xEE, 0xF0), range(0x80, 0xC0), 1),
-        (range(0xF0, 0xF1), range(0x90, 0xC0), 2),
-        (range(0xF1, 0xF4), range(0x80, 0xC0), 2),
-        (range(0xF4, 0xF5), range(0x80, 0x90), 2),
-    ]
-    tail = {0: home, 1: "tail1", 2: "tail2"}
-    for lead, second, rest in rows:
-        name = f"lead{lead.start:x}"
-        builder.edge(home, lead, name)
-        builder.edge(name, second, tail[rest])
-    builder.edge("tail1", range(0x80, 0xC0), home)
-    builder.edge("tail2", range(0x80, 0xC0), "tail1")
+    @cached_property
+    def _masks(self) -> dict[tuple[int, int, int | None], Tensor]:
+        return {}
 
+    @cached_property
+    def _class_index(self) -> Tensor:
+        return torch.from_numpy(self.token_class).to(self.device)
 
-@cache
-def raw_string_automaton() -> ByteAutomaton:
-    """Well-formed UTF-8 without NUL: what a string slot holds before `json.dumps` escapes it."""
-    builder = _Builder()
-    builder.state("text", accepting=True)
-    builder.edge("text", range(1, 0x80), "text")
-    _add_utf8(builder, "text")
-    return builder.build()
+    @cached_property
+    def _farthest(self) -> int:
+        return int(self.bytes_needed.max())
 
+    @cached_property
+    def _chars_at_most(self) -> np.ndarray:
+        """int64 [states]: with so many characters left, no token is refused for their sake."""
+        most = self.chars + self.chars_needed[self.transitions]
+        return np.where(self.transitions >= 0, most, 0).max(axis=1)
 
-@cache
-def escaped_string_automaton() -> ByteAutomaton:
-    """Contents of a JSON string exactly as `json.dumps(..., ensure_ascii=False)` writes them, NUL excluded."""
-    builder = _Builder()
-    builder.state("text", accepting=True)
-    builder.edge("text", (code for code in range(0x20, 0x80) if chr(code) not in '"\\'), "text")
-    _add_utf8(builder, "text")
-    builder.edge("text", "\\", "escape")
-    builder.edge("escape", '"\\nrtbf', "text")
-    builder.edge("escape", "u", "u")
-    builder.edge("u", "0", "u0")
-    builder.edge("u0", "0", "u00")
-    builder.edge("u00", "0", "u000")
-    builder.edge("u00", "1", "u001")
-    # json.dumps writes backspace, tab, newline, form feed and return with their short escapes.
-    builder.edge("u000", "1234567bef", "text")
-    builder.edge("u001", "0123456789abcdef", "text")
-    return builder.build()
+    @cached_property
+    def longest_token(self) -> int:
+        """Most characters that a token begins."""
+        return int(self.chars.max())
 
+    @cached_property
+    def labels(self) -> "_Labels":
+        """Groups of tokens that lead to the same states, whatever characters they begin."""
+        table, label = _distinct(self.transitions)
+        return _labels(self, label, table)
 
-# A double holds any 15 significant digits exactly (IEEE 754), so a text with at most 15 is the one that Python prints
-# back.
-_SIGNIFICANT_DIGITS = 15
+    @cached_property
+    def steps(self) -> "_Steps":
+        """What one position of a slot can do."""
+        return _plain_steps(self)
 
-
-@cache
-def integer_automaton() -> ByteAutomaton:
-    """Integers of any length as `json.dumps` writes them: no leading zero, no `-0`."""
-    builder = _Builder()
-    builder.edge("start", "-", "minus")
-    builder.edge("start", "0", "zero")
-    builder.edge("start", "123456789", "digits")
-    builder.edge("minus", "123456789", "digits")
-    builder.edge("digits", "0123456789", "digits")
-    builder.state("zero", accepting=True)
-    builder.state("digits", accepting=True)
-    return builder.build()
+    @cached_property
+    def counted_labels(self) -> "_Labels":
+        """Groups of tokens that lead to the same states and begin the same characters: the classes."""
+        return _labels(self, np.arange(self.transitions.shape[1]), self.transitions)
 
 
-@cache
-def number_automaton() -> ByteAutomaton:
-    """Integers of any length, and decimals of at most 15 significant digits, exactly as `json.dumps` writes them.
-
-    Decimals end in a digit other than 0 except for one 0 behind the point (`12.0`). Magnitudes below 1e-4 and above
-    1e16 have an exponent in Python's JSON and are not in this grammar.
-    """
-    builder = _Builder()
-    nonzero = "123456789"
-
-    def digits(source: Any, count: int) -> None:
-        """Edges for the next significant digit behind the point, `count` being written."""
-        if count < _SIGNIFICANT_DIGITS:
-            builder.edge(source, nonzero, ("fraction", count + 1))
-            builder.edge(source, "0", ("zeros", count + 1))
-
-    builder.edge("start", "-", "minus")
-    for source, zero in (("start", "zero"), ("minus", "minus zero")):
-        builder.edge(source, nonzero, ("integer", 1))
-        builder.edge(source, "0", zero)
-        builder.edge(zero, ".", "0.")
-    builder.state("zero", accepting=True)
-    builder.edge("0.", nonzero, ("fraction", 1))
-    builder.edge("0.", "0", "0.0")
-    builder.state("0.0", accepting=True)
-    builder.edge("0.0", "0", "0.00")
-    builder.edge("0.00", "0", "0.000")
-    for source in ("0.0", "0.00", "0.000"):
-        builder.edge(source, nonzero, ("fraction", 1))
-    for count in range(1, _SIGNIFICANT_DIGITS + 1):
-        builder.state(("integer", count), accepting=True)
-        builder.state(("fraction", count), accepting=True)
-        digits(("fraction", count), count)
-        digits(("zeros", count), count)
-        if count < _SIGNIFICANT_DIGITS:
-            builder.edge(("integer", count), "0123456789", ("integer", count + 1))
-            builder.edge(("integer", count), ".", ("point", count))
-            builder.edge(("point", count), nonzero, ("fraction", count + 1))
-            builder.edge(("point", count), "0", ("point zero", count + 1))
-            builder.state(("point zero", count + 1), accepting=True)
-            digits(("point zero", count + 1), count + 1)
-    # The 0 of `123456789012345.0` is not significant.
-    builder.edge(("integer", _SIGNIFICANT_DIGITS), ".", "last point")
-    builder.edge("last point", "0", "last zero")
-    builder.state("last zero", accepting=True)
-    builder.edge(("integer", _SIGNIFICANT_DIGITS), "0123456789", "long integer")
-    builder.edge("long integer", "0123456789", "long integer")
-    builder.state("long integer", accepting=True)
-    return builder.build()
-
-
-_ESCAPED: dict[SlotKind, Callable[[], ByteAutomaton]] = {
-    "string": escaped_string_automaton,
-    "integer": integer_automaton,
-    "number": number_automaton,
-}
-_RAW: dict[SlotKind, Callable[[], ByteAutomaton]] = _ESCAPED | {"string": raw_string_automaton}
+def _distinct(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different columns of a table in the order of their first place, and the number of each column in it."""
+    numbers: dict[bytes, int] = {}
+    rows = np.ascontiguousarray(columns.T)
+    number = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], dtype=np.int64)
+    _, first = np.unique(number, return_index=True)
+    return columns[:, first], number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lifting to tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
+# A bound on hostile patterns: lifting stops when its tables have so many cells, some 16 MB.
+MAX_LIFT_CELLS = 1 << 22
+
 
 @dataclass(frozen=True, eq=False)
-class TokenAutomaton:
-    """A byte automaton lifted to a vocabulary; tokens with the same transitions from every state share a class.
+class _Level:
+    """The distinct prefixes of one length of all tokens.
 
     Args:
-        token_class: int64 [vocab], class of each token id.
-        transitions: int16 [states, classes], next state or -1; states that cannot reach acceptance are cut off.
-        accepting: bool [states].
-        distance: int64 [states], fewest tokens to an accepting state.
+        parent: int64 [nodes], place of each prefix without its last byte in the level above.
+        byte: uint8 [nodes], its last byte.
+        whole, token: int64 [tokens], prefixes that are whole tokens, and their ids.
     """
 
-    token_class: Tensor
-    transitions: Tensor
-    accepting: Tensor
-    distance: Tensor
+    parent: np.ndarray
+    byte: np.ndarray
+    whole: np.ndarray
+    token: np.ndarray
 
-    @cached_property
-    def next_state(self) -> Tensor:
-        """int16 [states, vocab]: the next state of every token, or -1."""
-        return self.transitions[:, self.token_class]
 
-    def allowed(self, state: int, room: int) -> Tensor:
-        """bool [vocab]: tokens after which acceptance is at most `room - 1` tokens away."""
-        key = (state, min(room, self.farthest + 1))
-        if key not in self._allowed:
-            after = self.next_state[state].long()
-            self._allowed[key] = (after >= 0) & (self.distance[after.clamp(min=0)] < room)
-        return self._allowed[key]
+def _trie(tokens: Sequence[bytes | None]) -> list[_Level]:
+    """The prefixes of a vocabulary, level by level; None stands for tokens that spell nothing."""
+    ids = np.array([index for index, token in enumerate(tokens) if token], dtype=np.int64)
+    lengths = np.array([len(token) for token in tokens if token], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    codes = np.frombuffer(b"".join(token for token in tokens if token), dtype=np.uint8)
+    node, levels = np.zeros(len(ids), dtype=np.int64), []
+    for depth in range(int(lengths.max(initial=0))):
+        longer = lengths > depth
+        ids, lengths, starts, node = ids[longer], lengths[longer], starts[longer], node[longer]
+        keys, node = np.unique(node << 8 | codes[starts + depth], return_inverse=True)
+        whole = lengths == depth + 1
+        levels.append(_Level(keys >> 8, (keys & 0xFF).astype(np.uint8), node[whole], ids[whole]))
+    return levels
 
-    @cached_property
-    def _allowed(self) -> dict[tuple[int, int], Tensor]:
-        return {}
 
-    @cached_property
-    def farthest(self) -> int:
-        """The largest distance; with more budget than this left, no token needs to be refused for lack of room."""
-        return int(self.distance.max())
+class _Columns:
+    """What texts do in every state of an automaton at once, each different effect with a number of its own.
+
+    Number 0 is no way on from any state, number 1 the effect of the empty text.
+    """
+
+    def __init__(self, automaton: ByteAutomaton) -> None:
+        begins = (np.arange(256) & 0xC0) != 0x80
+        by_byte, self.class_of = _distinct(np.vstack([automaton.transitions, begins.astype(np.int16)]))
+        # One more row stands for "rejected", so that -1 indexes it and stays -1.
+        self.table = np.vstack([by_byte[:-1], np.full((1, by_byte.shape[1]), -1, dtype=np.int16)])
+        self.begins = by_byte[-1].astype(bool)
+        self.counting = np.append(automaton.counting, False)
+        states = len(automaton.accepting)
+        # [columns, states]: next state, characters begun. One row a column, so that a column is contiguous.
+        self.next = np.full((2, states), -1, dtype=np.int16)
+        self.next[1] = np.arange(states)
+        self.chars = np.zeros((2, states), dtype=np.int8)
+        self.numbers = {self._key(self.next[number], self.chars[number]): number for number in (0, 1)}
+        self.after = np.full((2, len(self.begins)), -1, dtype=np.int32)
+        self.after[0] = 0
+
+    @staticmethod
+    def _key(after: np.ndarray, chars: np.ndarray) -> bytes:
+        return after.tobytes() + chars.tobytes()
+
+    def extend(self, column: np.ndarray, byte: np.ndarray) -> np.ndarray:
+        """int64 [n]: the columns of texts (int64 [n]) that have one more byte (uint8 [n])."""
+        label = self.class_of[byte]
+        found = self.after[column, label]
+        if (missing := found < 0).any():
+            asked = np.zeros(self.after.shape, dtype=bool)
+            asked[column[missing], label[missing]] = True
+            columns, labels = np.nonzero(asked)
+            # In parts, so that the bound is met before the memory is full.
+            for part in range(0, len(columns), size := max(1, MAX_LIFT_CELLS // self.next.shape[1])):
+                self._learn(columns[part : part + size], labels[part : part + size])
+            found = self.after[column, label]
+        return found
+
+    def _learn(self, columns: np.ndarray, labels: np.ndarray) -> None:
+        """Fill in `after` for pairs of a column and a class of bytes; int64 [pairs] each."""
+        before = self.next[columns]
+        after = self.table[before, labels[:, None]]
+        begun = self.counting[before] & self.begins[labels, None]
+        chars = np.where(after >= 0, self.chars[columns] + begun, 0).astype(np.int8)
+        known, fresh = len(self.numbers), list[int]()
+        result = np.empty(len(columns), dtype=np.int64)
+        for index, key in enumerate(map(self._key, after, chars)):
+            result[index] = self.numbers.setdefault(key, len(self.numbers))
+            if result[index] == known + len(fresh):
+                fresh.append(index)
+        self.after[columns, labels] = result
+        self.next = np.concatenate([self.next, after[fresh]])
+        self.chars = np.concatenate([self.chars, chars[fresh]])
+        self.after = np.concatenate([self.after, np.full((len(fresh), self.after.shape[1]), -1, dtype=np.int32)])
+        if self.next.size + self.after.size > MAX_LIFT_CELLS:
+            raise AutomatonTooLarge(
+                f"over the tokens of the vocabulary the automaton of {self.next.shape[1]} states takes more than "
+                f"{MAX_LIFT_CELLS} cells: simplify the pattern"
+            )
+
+
+def _lift(automaton: ByteAutomaton, levels: Sequence[_Level], size: int) -> dict[str, np.ndarray]:
+    """The tables of a `TokenAutomaton` that depend on the vocabulary; it has `size` tokens."""
+    columns = _Columns(automaton)
+    token_column = np.zeros(size, dtype=np.int64)
+    column = np.ones(1, dtype=np.int64)
+    for level in levels:
+        column = columns.extend(column[level.parent], level.byte)
+        token_column[level.token] = column[level.whole]
+    occurs = np.bincount(token_column, minlength=len(columns.next)) > 0
+    occurs[0] = True  # class 0 stays that of the tokens that are accepted nowhere, also where there are none
+    used, number = np.flatnonzero(occurs), np.cumsum(occurs) - 1
+    return {
+        "token_class": number[token_column].astype(np.int32),
+        "transitions": np.ascontiguousarray(columns.next[used].T),
+        "chars": np.ascontiguousarray(columns.chars[used].T),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lifts on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+CACHE_VARIABLE = "SMOLLM_DIFFUSION_CACHE"
+_FORMAT = "1"
+# States x vocabulary from which on a lift takes about 20 ms or more, and a file of half a megabyte a tenth of that.
+_MIN_STORED = 1 << 20
+# The oldest files go when there are more.
+_MAX_FILES = 512
+
+
+def _cache_folder() -> Path | None:
+    """Where lifts are kept: named by the environment variable (empty: nowhere), else below the Hugging Face home."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen is None:
+        return Path(hub.HF_HOME) / "smollm_diffusion"
+    return Path(chosen).expanduser() if chosen else None
+
+
+def _lift_key(automaton: ByteAutomaton, vocabulary_digest: bytes) -> str:
+    """Names what a lift depends on."""
+    digest = hashlib.sha256(f"{_FORMAT} {len(automaton.accepting)} ".encode() + vocabulary_digest)
+    for table, dtype in ((automaton.transitions, "<i2"), (automaton.accepting, "|b1"), (automaton.counting, "|b1")):
+        digest.update(table.astype(dtype).tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(key: str, tables: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name in sorted(tables):
+        digest.update(f"{name} {tables[name].dtype.str} {tables[name].shape} ".encode())
+        digest.update(tables[name].tobytes())
+    return digest.hexdigest()
+
+
+def _read_lift(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The tables of a file, or None where there is none or it is not what was written for this key."""
+    try:
+        with safe_open(path, framework="np") as file:
+            tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {}).get("checksum")
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        return None
+    return tables if checksum == _checksum(key, tables) else None
+
+
+def _write_lift(path: Path, key: str, tables: dict[str, np.ndarray]) -> None:
+    """Put a file into its place at once, so that others see all of it or nothing."""
+    content = to_safetensors(tables, {"checksum": _checksum(key, tables)})
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+        os.replace(temporary, path)
+        _drop_oldest(path.parent)
+    except OSError as error:
+        logger.warning_once(f"Token automata are not kept in {path.parent}: {error}. Set {CACHE_VARIABLE}.")
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Keep the newest files; another process may do the same."""
+    ages = []
+    for path in folder.iterdir():
+        try:
+            ages.append((path.stat().st_mtime, path))
+        except FileNotFoundError:
+            continue
+    for _, path in sorted(ages)[:-_MAX_FILES]:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MAX_ENCODED = 100_000
+# Lifts of that size altogether stay in memory, half a megabyte or more each at 128,000 tokens; then the longest unused
+# go.
+_LIFTED_BYTES = 256 << 20
 
 
 class Vocabulary:
@@ -294,23 +407,21 @@ class Vocabulary:
         self.size = size
         self.device = torch.device(device)
         self.bytes = _token_bytes(tokenizer, size)
-        self._byte_tokens = {
-            spelled: token for token, spelled in enumerate(self.bytes) if spelled and len(spelled) == 1
-        }
-        if missing := [
-            code for code in range(0xF5) if bytes([code]) not in self._byte_tokens and code not in (0xC0, 0xC1)
-        ]:
+        self._tokens = {spelled: token for token, spelled in enumerate(self.bytes) if spelled}
+        # Bytes that UTF-8 never uses need no token.
+        if missing := [code for code in range(0xF5) if bytes([code]) not in self._tokens and code not in (0xC0, 0xC1)]:
             raise ValueError(f"The tokenizer has no token for byte {missing[0]:#04x}: it cannot spell every value.")
         self.call_start, self.call_end, self.im_end = tokenizer.convert_tokens_to_ids(
             [TOOL_CALL_TOKEN, TOOL_CALL_END_TOKEN, IM_END_TOKEN]
         )
+        self._levels = _trie(self.bytes)
         self._lifted: dict[ByteAutomaton, TokenAutomaton] = {}
         self._encoded: dict[str, tuple[int, ...]] = {}
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text; names of special tokens in it stay text."""
         if text not in self._encoded:
-            if len(self._encoded) > 100_000:
+            if len(self._encoded) >= _MAX_ENCODED:
                 self._encoded.clear()
             ids = self.tokenizer(escape_content(text), add_special_tokens=False)["input_ids"]
             self._encoded[text] = tuple(ids)
@@ -319,393 +430,86 @@ class Vocabulary:
     def encode_bytes(self, text: bytes) -> list[int]:
         """Token ids of text that may start inside a character, whose remaining bytes are spelled one by one."""
         start = next((i for i, code in enumerate(text) if code & 0xC0 != 0x80), len(text))
-        return [*(self._byte_tokens[text[i : i + 1]] for i in range(start)), *self.encode(text[start:].decode())]
+        return [*(self._tokens[text[i : i + 1]] for i in range(start)), *self.encode(text[start:].decode())]
+
+    def prefix_tokens(self, text: bytes) -> list[tuple[int, int]]:
+        """Id and number of bytes of every token that spells a beginning of the text, the shortest first."""
+        lengths = range(1, min(len(text), MAX_TOKEN_BYTES) + 1)
+        return [(token, n) for n in lengths if (token := self._tokens.get(text[:n])) is not None]
 
     def spell(self, tokens: Iterable[int]) -> bytes:
         """The bytes that tokens stand for; special tokens, MASK and NULL stand for none."""
         return b"".join(self.bytes[token] or b"" for token in tokens if token < self.size)
 
     def lift(self, automaton: ByteAutomaton) -> TokenAutomaton:
-        """The automaton over this vocabulary's tokens; built once, special tokens are never accepted."""
-        if automaton not in self._lifted:
-            self._lifted[automaton] = _lift(automaton, self.bytes, self.device)
-        return self._lifted[automaton]
+        """The automaton over this vocabulary's tokens, which accepts no special token; the same object while in use.
+
+        Raises:
+            AutomatonTooLarge: its table over the tokens has more than `MAX_LIFT_CELLS` cells.
+        """
+        lifted = self._lifted.pop(automaton, None)
+        if lifted is None:
+            tables = self._lift_tables(automaton)
+            needed = automaton.chars_needed, automaton.bytes_needed
+            lifted = TokenAutomaton(
+                **tables,
+                accepting=automaton.accepting,
+                chars_needed=needed[0],
+                bytes_needed=needed[1],
+                device=self.device,
+            )
+            held = sum(other.nbytes for other in self._lifted.values())
+            while self._lifted and held + lifted.nbytes > _LIFTED_BYTES:
+                held -= self._lifted.pop(next(iter(self._lifted))).nbytes
+        self._lifted[automaton] = lifted  # the last used stands last
+        return lifted
+
+    def _lift_tables(self, automaton: ByteAutomaton) -> dict[str, np.ndarray]:
+        folder = _cache_folder()
+        if folder is None or len(automaton.accepting) * self.size < _MIN_STORED:
+            return _lift(automaton, self._levels, self.size)
+        key = _lift_key(automaton, self._digest)
+        path = folder / f"{key}.safetensors"
+        tables = _read_lift(path, key)
+        if tables is None:
+            tables = _lift(automaton, self._levels, self.size)
+            _write_lift(path, key, tables)
+        return tables
+
+    @cached_property
+    def _digest(self) -> bytes:
+        """Tells vocabularies apart by what their tokens spell."""
+        digest = hashlib.sha256(str(self.size).encode())
+        for level in self._levels:
+            for held in (level.parent, level.byte, level.whole, level.token):
+                digest.update(held.data)
+        return digest.digest()
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerFast, size: int) -> list[bytes | None]:
     """The bytes of every token id, None for added tokens, unused ids and over-long tokens."""
     # Byte-level BPE (GPT-2) writes bytes as printable characters: printable Latin-1 as itself, the others from U+0100
-    # on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [code for code in range(256) if code not in set(printable)]
-    code_of = {chr(code): code for code in printable} | {chr(256 + i): code for i, code in enumerate(others)}
+    # on. What stands for no byte becomes a character that Latin-1 does not have.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [code for code in range(256) if code not in printable]
+    byte_of = {256 + index: code for index, code in enumerate(others)} | dict.fromkeys(others, 0xFFFF)
     added = set(tokenizer.added_tokens_decoder)
     result: list[bytes | None] = [None] * size
     for token, index in tokenizer.get_vocab().items():
-        if index not in added and len(token) <= MAX_TOKEN_BYTES and all(character in code_of for character in token):
-            result[index] = bytes(code_of[character] for character in token)
+        if index not in added and len(token) <= MAX_TOKEN_BYTES:
+            try:
+                result[index] = token.translate(byte_of).encode("latin-1") or None
+            except UnicodeEncodeError:
+                continue
     return result
 
 
-def _lift(automaton: ByteAutomaton, vocabulary: Sequence[bytes | None], device: torch.device) -> TokenAutomaton:
-    states = len(automaton.accepting)
-    columns = _run_tokens(automaton, vocabulary)  # [states, vocab]
-    distance = _distances(columns, automaton.accepting)
-    dead = np.flatnonzero(distance < 0)
-    columns[np.isin(columns, dead)] = -1
-    classes, token_class = np.unique(columns, axis=1, return_inverse=True)
-    assert classes.shape[0] == states
-    return TokenAutomaton(
-        torch.from_numpy(token_class.reshape(-1).astype(np.int64)).to(device),
-        torch.from_numpy(classes).to(device),
-        torch.from_numpy(automaton.accepting.copy()).to(device),
-        torch.from_numpy(distance.astype(np.int64)).to(device),
-    )
-
-
-def _run_tokens(automaton: ByteAutomaton, vocabulary: Sequence[bytes | None]) -> np.ndarray:
-    """int16 [states, vocab]: where each token leads from each state; all tokens at once, byte by byte."""
-    states = len(automaton.accepting)
-    lengths = np.array([len(token or b"") for token in vocabulary])
-    codes = np.zeros((len(vocabulary), MAX_TOKEN_BYTES), dtype=np.uint8)
-    for index, token in enumerate(vocabulary):
-        if token:
-            codes[index, : len(token)] = np.frombuffer(token, dtype=np.uint8)
-    # One more row stands for "rejected", so that -1 indexes it and stays -1.
-    table = np.vstack([automaton.transitions, np.full((1, 256), -1, dtype=np.int16)])
-    current = np.repeat(np.arange(states, dtype=np.int16)[:, None], len(vocabulary), axis=1)
-    current[:, lengths == 0] = -1
-    for position in range(int(lengths.max(initial=0))):
-        active = lengths > position
-        current[:, active] = table[current[:, active], codes[active, position]]
-    return current
-
-
-def _distances(columns: np.ndarray, accepting: np.ndarray) -> np.ndarray:
-    """int64 [states]: fewest tokens to acceptance, -1 where there is no way."""
-    distance = np.where(accepting, 0, -1)
-    successors = [set(np.unique(row[row >= 0]).tolist()) for row in columns]
-    for step in range(1, len(accepting) + 1):
-        nearer = {state for state in range(len(accepting)) if distance[state] == step - 1}
-        for state in range(len(accepting)):
-            if distance[state] < 0 and successors[state] & nearer:
-                distance[state] = step
-    return distance
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The grammar of a reply of calls, left to right
+# The canvas of a drafter
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """A point between two texts of a reply.
-
-    `name`: a tool's name is due; `arguments`: the name is written; `value`: a value is due; `gap`: one is finished,
-    or an empty container is; `call end`: `</tool_call>` is written; `stop`: the reply is complete.
-    """
-
-    kind: str
-    tool: Scaffold | None = None
-    leaf: Leaf | None = None
-    frame: Frame | None = None
-
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """What the literal texts at this place depend on."""
-        chain, frame = list[tuple[int, int]](), self.frame
-        while frame is not None:
-            done = frame.done
-            if isinstance(frame.node, ArrayNode) and frame.node.max_items is None:
-                # Behind its minimum an endless array offers the same texts after every item.
-                done = min(done, frame.node.min_items + 1)
-            chain.append((id(frame.node), done))
-            frame = frame.parent
-        return (self.kind, id(self.tool), id(self.leaf), *chain)
-
-
-class _Trie:
-    """Literal token sequences that share prefixes, and the places they lead to."""
-
-    def __init__(self) -> None:
-        self.children: dict[int, _Trie] = {}
-        self.places: list[_Place] = []
-
-    def add(self, tokens: Iterable[int], place: _Place) -> None:
-        node = self
-        for token in tokens:
-            node = node.children.setdefault(token, _Trie())
-        node.places.append(place)
-
-
-@dataclass(frozen=True, eq=False)
-class _Literal:
-    """Somewhere inside literal text."""
-
-    node: _Trie
-    tool: Scaffold | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Value:
-    """Somewhere inside a value of an open kind, `used` tokens long so far."""
-
-    place: _Place
-    automaton: TokenAutomaton
-    state: int
-    used: int
-
-    @property
-    def tool(self) -> Scaffold | None:
-        return self.place.tool
-
-
-class ReplyGrammar:
-    """Every reply that calls one or more of the given tools, as tokens behind the forced opening of the first call.
-
-    Args:
-        vocabulary: the tokens.
-        scaffolds: the tools that may be called; at least one.
-        max_tool_calls: most calls in one reply.
-        max_value_tokens: most tokens of one value; at the limit a value may only end (see `Cursor.cut`).
-        max_call_tokens: from this many tokens on, a call only takes what the schema requires, so that it ends.
-        max_reply_tokens: behind this many tokens no further call begins; None is no limit.
-    """
-
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        scaffolds: Sequence[Scaffold],
-        max_tool_calls: int,
-        max_value_tokens: int,
-        max_call_tokens: int,
-        max_reply_tokens: int | None = None,
-    ) -> None:
-        self.vocabulary = vocabulary
-        self.scaffolds = tuple(scaffolds)
-        self.max_tool_calls = max_tool_calls
-        self.max_value_tokens = max_value_tokens
-        self.max_call_tokens = max_call_tokens
-        self.max_reply_tokens = max_reply_tokens
-        self._tries: dict[tuple[Any, ...], tuple[_Trie, _Place]] = {}
-
-    def start(self) -> "Cursor":
-        """The cursor behind `<tool_call>\\n{"name": "` of the first call."""
-        return Cursor(self, self._enter(_Place("name"), closing=False, more=True))
-
-    def opening(self) -> list[int]:
-        """Tokens of the forced opening of a call."""
-        return [self.vocabulary.call_start, *self.vocabulary.encode(CALL_OPENING)]
-
-    def _enter(self, place: _Place, closing: bool, more: bool) -> list[_Literal | _Value]:
-        """The ways on from a place; `closing`: only what the schema requires, `more`: another call may follow."""
-        if place.kind == "stop":
-            return []
-        if place.kind == "value" and place.leaf is not None and place.leaf.kind != "choice":
-            automaton = self.vocabulary.lift(_ESCAPED[place.leaf.kind]())
-            return self._at_value(_Value(place, automaton, 0, 0), closing)
-        trie = self._trie(place, closing, more)
-        ways: list[_Literal | _Value] = [_Literal(trie, place.tool)] if trie.children else []
-        for target in trie.places:  # the empty text among the choices is complete at once
-            ways.extend(self._enter(target, closing, more))
-        return ways
-
-    def _at_value(self, value: _Value, closing: bool) -> list[_Literal | _Value]:
-        ways: list[_Literal | _Value] = [value]
-        if value.automaton.accepting[value.state]:
-            ways.append(_Literal(self._trie(replace(value.place, kind="gap"), closing), value.tool))
-        return ways
-
-    def _trie(self, place: _Place, closing: bool, more: bool = True) -> _Trie:
-        key = (*place.key, closing, more)
-        if key not in self._tries:
-            trie = _Trie()
-            for tokens, target in self._texts(place, closing, more):
-                trie.add(tokens, target)
-            self._tries[key] = trie, place  # the place keeps alive the objects whose ids are in the key
-        return self._tries[key][0]
-
-    def _texts(self, place: _Place, closing: bool, more: bool) -> list[tuple[Sequence[int], _Place]]:
-        """The literal token sequences that may come at a place, and where each leads."""
-        encode, tool = self.vocabulary.encode, place.tool
-        if place.kind == "name":
-            return [
-                (encode(call_segments(scaffold.tool, {})[2]), _Place("arguments", scaffold))
-                for scaffold in self.scaffolds
-            ]
-        if place.kind == "call end":
-            texts: list[tuple[Sequence[int], _Place]] = [([self.vocabulary.im_end], _Place("stop"))]
-            if more:
-                texts.append(([*encode("\n"), *self.opening()], _Place("name")))
-            return texts
-        assert tool is not None
-        if place.kind == "value":
-            assert place.leaf is not None
-            return [(encode(choice), replace(place, kind="gap")) for choice in place.leaf.choices]
-        options = first_options(tool) if place.kind == "arguments" else next_options(place.leaf, place.frame)
-        prefix = '", "arguments": ' if place.kind == "arguments" else ""
-        return [self._option(tool, prefix, option) for option in options if not (closing and option.avoidable)]
-
-    def _option(self, tool: Scaffold, prefix: str, option: Option) -> tuple[Sequence[int], _Place]:
-        text = prefix + option.text
-        if option.leads_to == "end":
-            return [*self.vocabulary.encode(text + "}\n"), self.vocabulary.call_end], _Place("call end")
-        return self.vocabulary.encode(text), _Place(option.leads_to, tool, option.leaf, option.frame)
-
-
-@dataclass(frozen=True, eq=False)
-class Cursor:
-    """A position in a reply of calls: which tokens may come next, and what the reply holds so far. Immutable.
-
-    Args:
-        grammar: the grammar it moves in.
-        ways: alternatives that are still open.
-        calls: calls finished so far.
-        total: tokens of the reply so far, the forced opening left out.
-        written: tokens of the call that is being written.
-        cut: JSON pointers (in the schema) of values that reached the limit of their length and had to end there; an
-            empty pointer for a call that reached its own.
-    """
-
-    grammar: ReplyGrammar
-    ways: Sequence[_Literal | _Value]
-    calls: int = 0
-    total: int = 0
-    written: int = 0
-    cut: tuple[str, ...] = ()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the reply is complete, `<|im_end|>` included."""
-        return not self.ways
-
-    @cached_property
-    def tool(self) -> Scaffold | None:
-        """The tool of the call being written, once its name leaves only one."""
-        tools = {id(way.tool): way.tool for way in self.ways}
-        return next(iter(tools.values())) if len(tools) == 1 else None
-
-    @property
-    def _closing(self) -> bool:
-        return self.written >= self.grammar.max_call_tokens
-
-    def _room(self, value: _Value) -> int:
-        """How many tokens a value may still take; in a call that has to end, no more than it needs."""
-        room = self.grammar.max_value_tokens - value.used
-        return min(room, int(value.automaton.distance[value.state])) if self._closing else room
-
-    @cached_property
-    def _literal_tokens(self) -> tuple[int, ...]:
-        return tuple(sorted({token for way in self.ways if isinstance(way, _Literal) for token in way.node.children}))
-
-    @cached_property
-    def _value_masks(self) -> list[Tensor]:
-        """bool [vocab] of each open value that may still grow."""
-        values = (way for way in self.ways if isinstance(way, _Value))
-        return [value.automaton.allowed(value.state, room) for value in values if (room := self._room(value)) > 0]
-
-    def mask(self) -> Tensor:
-        """bool [vocab]: the tokens that may come next; at least one unless finished."""
-        vocabulary = self.grammar.vocabulary
-        mask = torch.zeros(vocabulary.size, dtype=torch.bool, device=vocabulary.device)
-        for allowed in self._value_masks:
-            mask |= allowed
-        mask[list(self._literal_tokens)] = True
-        return mask
-
-    def forced(self) -> int | None:
-        """The next token where the grammar leaves no choice, else None."""
-        if self._value_masks or len(self._literal_tokens) != 1:
-            return None
-        return self._literal_tokens[0]
-
-    def choose(self, logits: Tensor) -> int:
-        """The constrained argmax.
-
-        Args:
-            logits: [vocab], any float dtype; NaN counts as the lowest value.
-
-        Returns:
-            The allowed token of the largest logit, the smallest id among equals.
-        """
-        if not self._value_masks:
-            tokens = self._literal_tokens
-            return tokens[int(logits[list(tokens)].float().nan_to_num(nan=NEGATIVE_INFINITY).argmax())]
-        scores = logits.float().nan_to_num(nan=torch.finfo(torch.float32).min, neginf=torch.finfo(torch.float32).min)
-        return int(scores.masked_fill(~self.mask(), NEGATIVE_INFINITY).argmax())
-
-    def advance(self, token: int) -> "Cursor | None":
-        """The cursor behind one more token, or None where the grammar does not allow it."""
-        ways: list[_Literal | _Value] = []
-        grammar, calls, cut, alive = self.grammar, self.calls, self.cut, False
-        closing = self.written + 1 >= grammar.max_call_tokens
-        room = grammar.max_reply_tokens is None or self.total + 1 < grammar.max_reply_tokens
-        more = room and calls + 1 < grammar.max_tool_calls
-        for way in self.ways:
-            if isinstance(way, _Literal):
-                node = way.node.children.get(token)
-                if node is None:
-                    continue
-                alive = True
-                if node.children:
-                    ways.append(_Literal(node, way.tool))
-                for place in node.places:
-                    calls += place.kind == "call end"
-                    ways.extend(grammar._enter(place, closing, more))
-            elif (left := self._room(way)) > 0 and bool(way.automaton.allowed(way.state, left)[token]):
-                alive = True
-                grown = replace(way, state=int(way.automaton.next_state[way.state, token]), used=way.used + 1)
-                ways.extend(grammar._at_value(grown, closing))
-                if grown.used == grammar.max_value_tokens and way.place.leaf is not None:
-                    cut = (*cut, way.place.leaf.path)
-        if not alive:
-            return None
-        if self.written + 1 == grammar.max_call_tokens and calls == self.calls:
-            cut = (*cut, "")
-        return Cursor(grammar, ways, calls, self.total + 1, 0 if calls > self.calls else self.written + 1, cut)
-
-    def follow(self, tokens: Iterable[int]) -> list[int]:
-        """The longest prefix of `tokens` that the grammar allows from here."""
-        cursor, followed = self, []
-        for token in tokens:
-            advanced = cursor.advance(token)
-            if advanced is None:
-                break
-            cursor = advanced
-            followed.append(token)
-        return followed
-
-
-def call_continuation(
-    vocabulary: Vocabulary, scaffold: Scaffold, arguments: Mapping[str, Any], written: bytes
-) -> list[int]:
-    """Tokens that complete a call which is partly written, as the grammar spells them.
-
-    Args:
-        vocabulary: the tokens.
-        scaffold: the tool.
-        arguments: all arguments of the call.
-        written: bytes of the call so far, from behind `<tool_call>`.
-
-    Returns:
-        The remaining tokens up to `</tool_call>`; empty where the call does not begin with what is written.
-    """
-    tokens: list[int] = []
-    first, *inner, last = argument_segments(scaffold, arguments)
-    for segment in [*call_segments(scaffold.tool, {})[1:3], '", "arguments": ' + first, *inner, last + "}\n"]:
-        text = segment.encode()
-        if written:
-            if not written.startswith(text[: len(written)]):
-                return []
-            text, written = text[len(written) :], written[len(text) :]
-        tokens += vocabulary.encode_bytes(text)
-    return [] if written else [*tokens, vocabulary.call_end]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The canvas of a drafter, and joint commits
-# ---------------------------------------------------------------------------------------------------------------------
+BUDGET_BUCKETS = (8, 16, 32, 64)
+"""Widths of the slots that a finite language gets, in positions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -717,6 +521,7 @@ class CanvasSlot:
         start, length: its positions are `start .. start + length - 1`.
         automaton: raw-text automaton of an open kind, else None.
         choices: int64 [choices, length], token ids of each choice padded with NULL; None for an open kind.
+        max_length: most characters of an open kind; None is no limit.
     """
 
     slot: DraftSlot
@@ -724,6 +529,7 @@ class CanvasSlot:
     length: int
     automaton: TokenAutomaton | None
     choices: Tensor | None
+    max_length: int | None = None
 
     @property
     def positions(self) -> slice:
@@ -764,8 +570,8 @@ class Canvas:
     null_id: int
 
     def text(self, slot: CanvasSlot, tokens: Tensor) -> str:
-        """The text of a slot's tokens; NULL is nothing."""
-        return self.vocabulary.spell(tokens.tolist()).decode()
+        """The text of a slot's tokens; NULL is nothing, and so is a last character that goes on behind the slot."""
+        return codecs.utf_8_decode(self.vocabulary.spell(tokens.tolist()), "strict", False)[0]
 
     def view(self, ids: Tensor) -> list[str | SlotView]:
         """Fixed texts and slots of a filled or partly filled canvas (int64 [positions]), in reading order."""
@@ -780,13 +586,36 @@ class Canvas:
         return [*shown, self.vocabulary.spell(tokens[place:]).decode()]
 
     def overflows(self, slot: CanvasSlot, tokens: Tensor) -> bool:
-        """Whether a value of an open kind fills its slot to the last position, so that it may go on behind it."""
-        return slot.automaton is not None and int(tokens[-1]) < self.vocabulary.size
+        """Whether a value of an open kind fills its slot to the last position and may go on behind it."""
+        if slot.automaton is None or int(tokens[-1]) >= self.vocabulary.size:
+            return False
+        return _overflows(slot.automaton, tokens.tolist(), slot.max_length)
 
     def tokens_of(self, slot: CanvasSlot, text: str | None) -> Tensor:
         """int64 [length]: a text as the slot holds it, cut at the slot's end, padded with NULL; None is all NULL."""
         tokens = list(self.vocabulary.encode(text))[: slot.length] if text is not None else []
         return torch.tensor(tokens + [self.null_id] * (slot.length - len(tokens)), dtype=torch.long)
+
+
+def _longest_text(leaf: Leaf) -> float:
+    """Bytes of the longest text of an open kind; may be infinite."""
+    assert leaf.automaton is not None
+    limit = float("inf") if leaf.max_length is None else 4 * leaf.max_length  # a character has four bytes at most
+    return min(limit, leaf.automaton.longest)
+
+
+def slot_budget(leaf: Leaf, default: int) -> int:
+    """Positions for a slot of an open kind.
+
+    Args:
+        leaf: what it holds.
+        default: positions of a slot whose language has no end, or holds texts wider than the widest bucket.
+
+    Returns:
+        The smallest bucket that holds every text of the language, whatever tokens spell it, else the default.
+    """
+    longest = _longest_text(leaf)
+    return next((bucket for bucket in BUDGET_BUCKETS if bucket >= longest), default)
 
 
 def build_canvas(
@@ -798,11 +627,14 @@ def build_canvas(
         vocabulary: the tokens.
         layout: texts and slots of the tool.
         budgets: positions of an open slot by its kind, or one number for every slot of the layout (closed slots
-            ignore theirs).
+            ignore theirs). A slot gets fewer where its language needs no more.
         mask_id, null_id: ids of MASK and NULL.
 
     Returns:
         The canvas of the whole call, `<tool_call>` to `</tool_call>`.
+
+    Raises:
+        AutomatonTooLarge: the language of a slot has too large a table over the tokens.
     """
     tokens: list[int] = [vocabulary.call_start, *vocabulary.encode(CALL_OPENING)]
     tokens += vocabulary.encode(call_segments(layout.scaffold.tool, {})[2])
@@ -815,14 +647,16 @@ def build_canvas(
             tokens += vocabulary.encode(piece)
             continue
         slot = layout.slots[piece]
-        choices = _choice_table(vocabulary, slot.leaf.choices, null_id) if slot.leaf.kind == "choice" else None
-        automaton = None if choices is not None else vocabulary.lift(_RAW[slot.leaf.kind]())
-        if choices is not None:
-            length = choices.shape[1]
+        if slot.leaf.kind == "choice":
+            choices = _choice_table(vocabulary, slot.leaf.choices, null_id)
+            slots.append(CanvasSlot(slot, len(tokens), choices.shape[1], None, choices))
         else:
-            length = budgets[slot.leaf.kind] if isinstance(budgets, Mapping) else budgets[piece]
-        slots.append(CanvasSlot(slot, len(tokens), length, automaton, choices))
-        tokens += [mask_id] * length
+            assert slot.leaf.automaton is not None
+            budget = budgets[slot.leaf.kind] if isinstance(budgets, Mapping) else budgets[piece]
+            length = min(budget, slot_budget(slot.leaf, budget))
+            automaton = vocabulary.lift(slot.leaf.automaton)
+            slots.append(CanvasSlot(slot, len(tokens), length, automaton, None, slot.leaf.max_length))
+        tokens += [mask_id] * slots[-1].length
     tokens.append(vocabulary.call_end)
     ids = torch.tensor(tokens, dtype=torch.long, device=vocabulary.device)
     return Canvas(vocabulary, layout, ids, tuple(slots), mask_id, null_id)
@@ -835,92 +669,639 @@ def _choice_table(vocabulary: Vocabulary, choices: Sequence[str], null_id: int) 
     return torch.tensor([[*row, *[null_id] * (length - len(row))] for row in rows], device=vocabulary.device)
 
 
+def _overflows(automaton: TokenAutomaton, tokens: Iterable[int], max_length: int | None) -> bool:
+    """Whether something may follow behind the tokens of a value, which fill its slot."""
+    state, used = _walk(automaton, tokens)
+    return state >= 0 and automaton.grows(state, None if max_length is None else max_length - used)
+
+
+def _walk(automaton: TokenAutomaton, tokens: Iterable[int]) -> tuple[int, int]:
+    """Where the tokens of a value lead, -1 where they are refused, and the characters that they begin."""
+    state, used = 0, 0
+    for token in tokens:
+        state, begun = automaton.step(state, token)
+        if state < 0:
+            break
+        used += begun
+    return state, used
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joint commits
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Scores are kept within these bounds, so that impossible tokens still compare and sums stay finite.
+_EXTREME = 1e4
+# Steps between pairs of a state and the characters so far; where a slot has more, its long tokens are left out.
+_MAX_COUNTED = 1 << 20
+
+
 @dataclass(frozen=True, eq=False)
 class Commit:
     """The best string of a slot.
 
     Args:
         tokens: int64 [length], content and then NULL.
-        confidence: float32 [length], probability of each position's token; for closed slots that of the whole choice
-            among the choices.
-        score: sum of the log-probabilities along the string.
+        confidence: float32 [length], probability of each position's token, 1 where it was fixed; for closed slots
+            that of the whole choice among the choices.
+        score: sum of the log-probabilities along the string, fixed positions of open slots left out.
+        overflow: the value fills the slot to the last position and may go on behind it; where the automaton does not
+            accept it, it must.
     """
 
     tokens: Tensor
     confidence: Tensor
     score: float
+    overflow: bool = False
 
 
 def commit_slot(slot: CanvasSlot, log_probs: Tensor, fixed: Tensor, null_id: int) -> Commit | None:
-    """The exact best string of a slot, never an independent argmax per position.
+    """The exact best string of a slot; see `commit_slots`.
 
     Args:
         slot: the slot.
-        log_probs: float [length, vocab + 2], log-probabilities of every position; any values, NaN counts as impossible.
-        fixed: int64 [length], a token or NULL where the position is committed, -1 where it is free.
+        log_probs: float [length, vocab + 2].
+        fixed: int64 [length].
         null_id: id of NULL.
 
     Returns:
         The commit, or None where no string of the slot has the fixed positions.
     """
-    scores = log_probs.float().nan_to_num(nan=-1e4).clamp(-1e4, 1e4)
-    if slot.choices is not None:
-        return _commit_choice(slot.choices, scores, fixed)
-    assert slot.automaton is not None
-    return _commit_open(slot.automaton, scores, fixed, null_id)
+    return commit_slots([slot], [log_probs], [fixed], null_id)[0]
 
 
-def _commit_choice(choices: Tensor, scores: Tensor, fixed: Tensor) -> Commit | None:
-    possible = ((fixed < 0) | (choices == fixed)).all(dim=1)  # [choices]
-    if not bool(possible.any()):
+def commit_slots(
+    slots: Sequence[CanvasSlot], log_probs: Sequence[Tensor], fixed: Sequence[Tensor], null_id: int
+) -> list[Commit | None]:
+    """The exact best string of each slot, never an independent argmax per position.
+
+    Source: Viterbi 1967, over (position, state) or (position, state, characters so far). NULL follows only where the
+    automaton accepts, and then to the end; behind the last position nothing is asked, so a value may also go on there.
+
+    Args:
+        slots: the slots.
+        log_probs: one float [length, vocab + 2] a slot, log-probabilities of every position; any values, NaN counts
+            as the lowest.
+        fixed: one int64 [length] a slot, a token or NULL where the position is committed, -1 where it is free.
+        null_id: id of NULL.
+
+    Returns:
+        One commit a slot; None where no string of the slot has the fixed positions. Among equal tokens the smallest id
+        stands. (A slot whose `max_length` would need more than a million steps leaves out long tokens where they could
+        exceed it.)
+    """
+    if not slots:
+        return []
+    known = _split(torch.cat(list(fixed)).cpu().numpy(), slots)
+    found: list[_Found | None] = [None] * len(slots)
+    groups: dict[tuple[TokenAutomaton, int], list[int]] = {}
+    for index, slot in enumerate(slots):
+        if slot.automaton is None:
+            found[index] = _commit_choice(slot, log_probs[index], known[index])
+        else:
+            groups.setdefault((slot.automaton, slot.length), []).append(index)
+    for (automaton, _), members in groups.items():
+        rows = [log_probs[index].detach().float() for index in members]
+        limits = [slots[index].max_length for index in members]
+        commits = _commit_open(automaton, rows, [known[index] for index in members], limits, null_id)
+        for index, commit in zip(members, commits, strict=True):
+            found[index] = commit
+    return _as_commits(slots, found, fixed[0].device)
+
+
+def _split(values: np.ndarray, slots: Sequence[CanvasSlot]) -> list[np.ndarray]:
+    return np.split(values, list(itertools.accumulate(slot.length for slot in slots))[:-1])
+
+
+# What a commit comes to before it goes to the device: tokens, confidence, score, overflow.
+_Found = tuple[np.ndarray, np.ndarray, float, bool]
+
+
+def _as_commits(
+    slots: Sequence[CanvasSlot], found: Sequence[_Found | None], device: torch.device
+) -> list[Commit | None]:
+    """Tokens and confidences go to the device in one piece."""
+    nothing = [(np.zeros(slot.length), np.zeros(slot.length), 0.0, False) for slot in slots]
+    lengths = [slot.length for slot in slots]
+    tokens, surety = (
+        np.concatenate([(one or empty)[part] for one, empty in zip(found, nothing, strict=True)]) for part in (0, 1)
+    )
+    all_tokens = torch.from_numpy(tokens.astype(np.int64)).to(device).split(lengths)
+    all_surety = torch.from_numpy(surety.astype(np.float32)).to(device).split(lengths)
+    return [
+        None if one is None else Commit(ids, confidence, one[2], one[3])
+        for one, ids, confidence in zip(found, all_tokens, all_surety, strict=True)
+    ]
+
+
+def _clean(scores: np.ndarray) -> np.ndarray:
+    """float64, within the bounds; NaN becomes the lowest."""
+    return np.fmin(np.fmax(scores.astype(np.float64), -_EXTREME), _EXTREME)
+
+
+def _commit_choice(slot: CanvasSlot, log_probs: Tensor, known: np.ndarray) -> _Found | None:
+    assert slot.choices is not None
+    choices = slot.choices.cpu().numpy()
+    possible = ((known < 0) | (choices == known)).all(axis=1)  # [choices]
+    if not possible.any():
         return None
-    totals = scores.gather(1, choices.T).sum(dim=0).masked_fill(~possible, NEGATIVE_INFINITY)  # [choices]
+    scores = log_probs.detach().float().gather(1, slot.choices.T).cpu().numpy()  # [length, choices]
+    totals = np.where(possible, _clean(scores).sum(axis=0), NEGATIVE_INFINITY)
     best = int(totals.argmax())
-    confidence = torch.softmax(totals, dim=0)[best]
-    return Commit(choices[best], confidence.expand(choices.shape[1]), float(totals[best]))
+    surety = 1 / np.exp(totals - totals[best]).sum()
+    return choices[best], np.full(slot.length, surety), float(totals[best]), False
 
 
-def _commit_open(automaton: TokenAutomaton, scores: Tensor, fixed: Tensor, null_id: int) -> Commit | None:
-    """Viterbi over (position, state); the last state is the tail of NULLs, entered from accepting ones, never left."""
-    length, states, vocab = len(fixed), len(automaton.accepting), automaton.token_class.shape[0]
-    free = fixed < 0
-    only = torch.full_like(scores, NEGATIVE_INFINITY).scatter(1, fixed.clamp(min=0)[:, None], 0.0)
-    scores = torch.where(free[:, None], scores, only)
-    steps = scores.new_full((length, states + 1, states + 1), NEGATIVE_INFINITY)
-    steps[:, :states, :states] = _best_by_step(automaton, scores[:, :vocab])
-    null = scores[:, null_id, None]
-    steps[:, :states, states] = torch.where(automaton.accepting, null, NEGATIVE_INFINITY)
-    steps[:, states, states] = null[:, 0]
+def _commit_open(
+    automaton: TokenAutomaton,
+    rows: Sequence[Tensor],
+    known: Sequence[np.ndarray],
+    limits: Sequence[int | None],
+    null_id: int,
+) -> list[_Found | None]:
+    """Slots of one automaton and length."""
+    found = _best_strings(automaton, None, rows, known, null_id)
+    for index, limit in enumerate(limits):
+        # The best string of any length is the best short one where it is short, which it nearly always is.
+        if (one := found[index]) is not None and limit is not None and _chars(automaton, one[0]) > limit:
+            found[index] = _best_strings(automaton, limit, [rows[index]], [known[index]], null_id)[0]
+    result: list[_Found | None] = []
+    for limit, one in zip(limits, found, strict=True):
+        overflow = one is not None and one[0][-1] != null_id and _overflows(automaton, one[0].tolist(), limit)
+        result.append(None if one is None else (*one, overflow))
+    return result
 
-    best = scores.new_full((states + 1,), NEGATIVE_INFINITY)
-    best[0] = 0.0
-    origins = []
-    for position in range(length):
-        best, came_from = (best[:, None] + steps[position]).max(dim=0)
-        origins.append(came_from)
-    best[:states].masked_fill_(~automaton.accepting, NEGATIVE_INFINITY)
-    state = int(best.argmax())
-    total = float(best[state])
+
+def _chars(automaton: TokenAutomaton, tokens: np.ndarray) -> int:
+    """Fewest characters of a value with these tokens, NULL among them."""
+    state, used = _walk(automaton, tokens[tokens < len(automaton.token_class)].tolist())
+    return used + int(automaton.chars_needed[state])
+
+
+def _best_strings(
+    automaton: TokenAutomaton, limit: int | None, rows: Sequence[Tensor], known: Sequence[np.ndarray], null_id: int
+) -> list[tuple[np.ndarray, np.ndarray, float] | None]:
+    """Tokens, confidence and score of the best strings of one automaton and length, with at most so many characters."""
+    labels, steps = _labels_and_steps(automaton, limit, len(known[0]))
+    best = [_best_tokens(automaton, labels, row, null_id) for row in rows]
+    scores = np.stack(
+        [_pinned(automaton, labels, one.scores, fixed, null_id) for one, fixed in zip(best, known, strict=True)]
+    )
+    found: list[tuple[np.ndarray, np.ndarray, float] | None] = []
+    for index, path in enumerate(_viterbi(steps, scores)):
+        if path is None:
+            found.append(None)
+            continue
+        chosen, total = path
+        tokens, surety = known[index].copy(), np.ones(len(chosen))
+        for place in np.flatnonzero(tokens < 0).tolist():
+            label = chosen[place]
+            tokens[place] = null_id if label == labels.null else best[index].token(place, label)
+            surety[place] = math.exp(min(best[index].scores[place, label], 0.0))
+        found.append((tokens, surety, total))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The best token of every label: the only work as wide as the vocabulary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Labels:
+    """Tokens in groups between which a slot makes no difference.
+
+    Args:
+        transitions: int16 [states, labels], next state or -1; label 0 is accepted nowhere.
+        of_class: int64 [classes], label of each class of the automaton.
+        common: the label of more than half of all tokens, or 0.
+        others: int64 [n], the other labels that are accepted somewhere, in order.
+        starts: int64 [n], where the tokens of each begin among those of `others`.
+        order: int32 [m], ids of the tokens of `others`, by label and then by id. Where a label is common, those that
+            are accepted nowhere stand before them and those of the common label behind.
+        refused, split: how many of `order` are accepted nowhere, and where `others` end in it.
+        index: `order` on the device.
+        live, lengths: int64 [n], the labels that are accepted somewhere in the order of their tokens, and how many
+            tokens each has.
+    """
+
+    transitions: np.ndarray
+    of_class: np.ndarray
+    common: int
+    others: np.ndarray
+    starts: np.ndarray
+    order: np.ndarray
+    refused: int
+    split: int
+    index: Tensor
+    live: np.ndarray
+    lengths: np.ndarray
+
+    @cached_property
+    def bounds(self) -> dict[int, tuple[int, int]]:
+        """Where the tokens of each of `others` begin and end among them."""
+        ends = np.append(self.starts[1:], self.split - self.refused)
+        return dict(zip(self.others.tolist(), zip(self.starts.tolist(), ends.tolist(), strict=True), strict=True))
+
+    @property
+    def null(self) -> int:
+        """The label of NULL, behind those of the tokens."""
+        return self.transitions.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [self.transitions, self.of_class, self.others, self.starts, self.order]
+        on_device = 0 if self.index.device.type == "cpu" else self.index.nbytes
+        return sum(held.nbytes for held in arrays) + on_device
+
+
+def _labels(automaton: TokenAutomaton, of_class: np.ndarray, transitions: np.ndarray) -> _Labels:
+    of_token = of_class[automaton.token_class]
+    sizes = np.bincount(of_token, minlength=transitions.shape[1])
+    refused = int(sizes[0])
+    sizes[0] = 0
+    common = int(sizes.argmax()) if sizes.max() * 2 > len(of_token) else 0
+    rank = np.where(of_token == common, transitions.shape[1], of_token) if common else of_token
+    order = np.argsort(rank, kind="stable").astype(np.int32)
+    split = len(order) - (int(sizes[common]) if common else 0)
+    others, starts = np.unique(of_token[order[refused:split]], return_index=True)
+    if not common:
+        order, refused, split = order[refused:].copy(), 0, split - refused
+    index = torch.from_numpy(order).to(automaton.device)
+    live = np.append(others, common) if common else others
+    return _Labels(transitions, of_class, common, others, starts, order, refused, split, index, live, sizes[live])
+
+
+class _BestTokens:
+    """The best token of every label at every position of a slot.
+
+    Args:
+        automaton: whose tokens.
+        labels: the labels.
+        rows: float32 [length, vocab + 2].
+        null_id: id of NULL.
+
+    `scores` is float64 [length, labels + 1], -inf for label 0, NULL last; not clean yet.
+    """
+
+    def __init__(self, automaton: TokenAutomaton, labels: _Labels, rows: Tensor, null_id: int) -> None:
+        self.labels = labels
+        self.scores = np.full((len(rows), labels.null + 1), NEGATIVE_INFINITY)
+        self.scores[:, labels.null] = rows[:, null_id].cpu().numpy()
+        self.gathered = rows.index_select(1, labels.index[labels.refused : labels.split]).cpu().numpy()
+        if len(labels.others):
+            self.scores[:, labels.others] = np.maximum.reduceat(self.gathered, labels.starts, axis=1)
+        if labels.common:
+            self.common = _common_tokens(automaton, labels, rows)
+            place = torch.from_numpy(self.common).to(rows.device)
+            self.scores[:, labels.common] = rows.gather(1, place[:, None])[:, 0].cpu().numpy()
+
+    def token(self, place: int, label: int) -> int:
+        """The best token of a label at a position, the smallest id among equals."""
+        if label == self.labels.common:
+            return int(self.common[place])
+        start, end = self.labels.bounds[label]
+        return int(self.labels.order[self.labels.refused + start + self.gathered[place, start:end].argmax()])
+
+
+def _best_tokens(automaton: TokenAutomaton, labels: _Labels, rows: Tensor, null_id: int) -> _BestTokens:
+    best = _BestTokens(automaton, labels, rows, null_id)
+    if np.isnan(best.scores).any():
+        best = _BestTokens(automaton, labels, rows.nan_to_num(nan=-_EXTREME), null_id)
+    best.scores = _clean(best.scores)
+    return best
+
+
+def _common_tokens(automaton: TokenAutomaton, labels: _Labels, rows: Tensor) -> np.ndarray:
+    """int64 [length]: the best token of the common label in each row, which is nearly always the best of all."""
+    vocab = len(automaton.token_class)
+    best = _argmax(rows, vocab)
+    wrong = np.flatnonzero(labels.of_class[automaton.token_class[best]] != labels.common)
+    if len(wrong):
+        refused = labels.index[: labels.split].long()
+        rows = rows[torch.from_numpy(wrong).to(rows.device)].index_fill_(1, refused, NEGATIVE_INFINITY)
+        best[wrong] = _argmax(rows, vocab)
+    # Where all of the label are -inf, the first token of all was found.
+    found = labels.of_class[automaton.token_class[best]] == labels.common
+    return np.where(found, best, labels.order[labels.split])
+
+
+def _argmax(rows: Tensor, width: int) -> np.ndarray:
+    """int64 [rows]: place of the first maximum among the first `width` columns, or of a NaN."""
+    if rows.device.type != "cpu":
+        return rows[:, :width].argmax(dim=1).cpu().numpy()
+    # On the CPU numpy is ten times as fast as torch, row by row because it would copy columns that are left out.
+    return np.array([row[:width].argmax() for row in rows.numpy()])
+
+
+def _pinned(
+    automaton: TokenAutomaton, labels: _Labels, scores: np.ndarray, fixed: np.ndarray, null_id: int
+) -> np.ndarray:
+    """Scores (float64 [length, labels + 1]) in which fixed positions have their own label only, for nothing."""
+    scores = scores.copy()
+    for place in np.flatnonzero(fixed >= 0).tolist():
+        token, label = int(fixed[place]), 0  # which no step takes
+        if token < len(automaton.token_class):
+            label = int(labels.of_class[automaton.token_class[token]])
+        elif token == null_id:
+            label = labels.null
+        scores[place] = NEGATIVE_INFINITY
+        scores[place, label] = 0.0
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of a slot, and the sums over them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """What one position of a slot can do, in the order of the nodes that it leads to.
+
+    Nodes are states, or pairs of a state and the characters so far; the last node is the tail of NULLs. All labels
+    that lead from one node to another are one move, and moves of the same labels are the same.
+
+    Args:
+        nodes: how many.
+        source, move, target: int64 [steps].
+        span: int64 [nodes + 1], the steps into each node are `span[node] .. span[node + 1] - 1`.
+        labels: int64 [m], the labels of each move, move by move.
+        starts: int64 [moves], where the labels of each begin.
+    """
+
+    nodes: int
+    source: np.ndarray
+    move: np.ndarray
+    target: np.ndarray
+    span: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.source, self.move, self.target, self.span, self.labels, self.starts)
+        return sum(held.nbytes for held in arrays)
+
+    @cached_property
+    def reached(self) -> np.ndarray:
+        """int64 [n]: the nodes that any step leads to."""
+        return np.unique(self.target)
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """int64 [n]: the first step into each of them."""
+        return self.span[self.reached]
+
+    @cached_property
+    def reverse(self) -> "_Steps":
+        """The same steps backwards."""
+        return _ordered(self.nodes, self.target, self.move, self.source, self.labels, self.starts)
+
+    def labels_of(self, move: int) -> np.ndarray:
+        """int64 [n]: the labels of a move."""
+        end = self.starts[move + 1] if move + 1 < len(self.starts) else len(self.labels)
+        return self.labels[self.starts[move] : end]
+
+
+def _ordered(
+    nodes: int, source: np.ndarray, move: np.ndarray, target: np.ndarray, labels: np.ndarray, starts: np.ndarray
+) -> _Steps:
+    order = np.argsort(target, kind="stable")
+    span = np.searchsorted(target[order], np.arange(nodes + 1))
+    return _Steps(nodes, source[order], move[order], target[order], span, labels, starts)
+
+
+def _labels_and_steps(automaton: TokenAutomaton, limit: int | None, length: int) -> tuple[_Labels, _Steps]:
+    """What a slot of so many positions works with; it counts characters only where the limit can matter."""
+    if limit is None or limit >= length * automaton.longest_token:
+        return automaton.labels, automaton.steps
+    return automaton.counted_labels, _counted_steps(automaton, limit, length)
+
+
+def _plain_steps(automaton: TokenAutomaton) -> _Steps:
+    """Nodes are states."""
+    labels, states = automaton.labels, len(automaton.accepting)
+    source, label = np.nonzero(labels.transitions >= 0)
+    target = labels.transitions[source, label].astype(np.int64)
+    first, move, members, starts = _moves(source * states + target, label)
+    return _with_tail(
+        source[first], move, target[first], np.flatnonzero(automaton.accepting), states, labels.null, members, starts
+    )
+
+
+@lru_cache(maxsize=16)
+def _counted_steps(automaton: TokenAutomaton, limit: int, length: int) -> _Steps:
+    """Nodes are pairs of a state and the characters so far, without those that `length` tokens do not reach."""
+    labels, states, width = automaton.counted_labels, len(automaton.accepting), limit + 1
+    source, label = np.nonzero(labels.transitions >= 0)
+    target = labels.transitions[source, label].astype(np.int64)
+    chars = automaton.chars[source, label].astype(np.int64)
+    first, move, members, starts = _moves((source * states + target) * (MAX_TOKEN_BYTES + 1) + chars, label)
+    source, target, chars = source[first], target[first], chars[first]
+    # All of them, or those of the shorter tokens where that would be too many.
+    up_to = np.cumsum(np.bincount(chars)) * width
+    short = chars < np.searchsorted(up_to, _MAX_COUNTED, side="right")
+    source, move, target, chars = source[short], move[short], target[short], chars[short]
+    # What cannot end within the limit any more is left out.
+    step, before = np.nonzero(np.arange(width) + (chars + automaton.chars_needed[target])[:, None] <= limit)
+    source, move, target = source[step] * width + before, move[step], target[step] * width + before + chars[step]
+    ends = (np.flatnonzero(automaton.accepting)[:, None] * width + np.arange(width)).reshape(-1)
+    reached = np.zeros(states * width, dtype=bool)
+    reached[0] = True
+    for _ in range(length):
+        reached[target[reached[source]]] = True
+    number, kept = np.cumsum(reached) - 1, reached[source]
+    return _with_tail(
+        number[source[kept]],
+        move[kept],
+        number[target[kept]],
+        number[ends[reached[ends]]],
+        int(number[-1]) + 1,
+        labels.null,
+        members,
+        starts,
+    )
+
+
+def _moves(key: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Bring transitions of the same effect together.
+
+    Args:
+        key: int64 [transitions], what a transition does.
+        label: int64 [transitions], its label.
+
+    Returns:
+        Of each effect the place of one transition and the number of its move; then the labels of all moves, and where
+        those of each begin.
+    """
+    order = np.lexsort((label, key))
+    begins = np.flatnonzero(np.append(True, np.diff(key[order]) != 0)) if len(key) else np.zeros(0, dtype=np.int64)
+    numbers: dict[bytes, int] = {}
+    groups = np.split(label[order], begins[1:])[: len(begins)]
+    move = np.array([numbers.setdefault(group.tobytes(), len(numbers)) for group in groups], dtype=np.int64)
+    members = [np.frombuffer(held, dtype=np.int64) for held in numbers]
+    starts = np.cumsum([0, *map(len, members)])[:-1]
+    return order[begins], move, np.concatenate([np.zeros(0, dtype=np.int64), *members]), starts
+
+
+def _with_tail(
+    source: np.ndarray,
+    move: np.ndarray,
+    target: np.ndarray,
+    ends: np.ndarray,
+    tail: int,
+    null: int,
+    labels: np.ndarray,
+    starts: np.ndarray,
+) -> _Steps:
+    """Add the moves of NULL, from the nodes `ends` and from the tail itself, which is the last node."""
+    leaving = np.append(ends, tail)
+    return _ordered(
+        tail + 1,
+        np.concatenate([source, leaving]),
+        np.concatenate([move, np.full(len(leaving), len(starts))]),
+        np.concatenate([target, np.full(len(leaving), tail)]),
+        np.append(labels, null),
+        np.append(starts, len(labels)),
+    )
+
+
+def _viterbi(steps: _Steps, scores: np.ndarray) -> list[tuple[list[int], float] | None]:
+    """The best path from node 0 of each slot, to any node.
+
+    Args:
+        steps: the steps.
+        scores: float64 [slots, length, labels + 1].
+
+    Returns:
+        Labels along the path and their total; None where there is no path.
+    """
+    slots, length, _ = scores.shape
+    moves = np.maximum.reduceat(scores.take(steps.labels, axis=2), steps.starts, axis=2)
+    best = np.full((length + 1, slots, steps.nodes), NEGATIVE_INFINITY)
+    best[0, :, 0] = 0.0
+    for place in range(length):
+        arriving = best[place].take(steps.source, axis=1) + moves[:, place].take(steps.move, axis=1)
+        best[place + 1][:, steps.reached] = np.maximum.reduceat(arriving, steps.first, axis=1)
+    return [_trace_back(steps, best[:, slot], moves[slot], scores[slot]) for slot in range(slots)]
+
+
+def _trace_back(
+    steps: _Steps, best: np.ndarray, moves: np.ndarray, scores: np.ndarray
+) -> tuple[list[int], float] | None:
+    node = int(best[-1].argmax())
+    total = float(best[-1, node])
     if total == NEGATIVE_INFINITY:
         return None
-    tokens = fixed.new_full((length,), null_id)
-    for position in reversed(range(length)):
-        origin = int(origins[position][state])
-        if state < states:
-            fits = automaton.next_state[origin] == state
-            tokens[position] = scores[position, :vocab].masked_fill(~fits, NEGATIVE_INFINITY).argmax()
-        state = origin
-    confidence = scores.gather(1, tokens[:, None])[:, 0].exp()
-    return Commit(tokens, confidence, total)
+    chosen = []
+    for place in reversed(range(len(scores))):
+        start, end = steps.span[node], steps.span[node + 1]
+        arriving = best[place, steps.source[start:end]] + moves[place, steps.move[start:end]]
+        step = start + int(arriving.argmax())
+        node = int(steps.source[step])
+        labels = steps.labels_of(int(steps.move[step]))
+        chosen.append(int(labels[scores[place, labels].argmax()] if len(labels) > 1 else labels[0]))
+    return chosen[::-1], total
 
 
-def _best_by_step(automaton: TokenAutomaton, scores: Tensor) -> Tensor:
-    """float32 [length, states, states]: the best score of any token that leads from one state to another."""
-    states, classes = automaton.transitions.shape
-    by_class = scores.new_full((len(scores), classes), NEGATIVE_INFINITY)
-    by_class.scatter_reduce_(1, automaton.token_class.expand(len(scores), -1), scores, "amax")
-    source, label = torch.nonzero(automaton.transitions >= 0, as_tuple=True)
-    pair = source * states + automaton.transitions[source, label]
-    steps = scores.new_full((len(scores), states * states), NEGATIVE_INFINITY)
-    steps.scatter_reduce_(1, pair.expand(len(scores), -1), by_class[:, label], "amax")
-    return steps.view(-1, states, states)
+# ---------------------------------------------------------------------------------------------------------------------
+# Marginals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def slot_marginals(slot: CanvasSlot, log_probs: Tensor, fixed: Tensor, null_id: int) -> Tensor | None:
+    """Exact probabilities of each position's token, given that the slot holds one of its strings.
+
+    A string counts with the product of its probabilities; a value that goes on behind the slot counts with what of it
+    stands in the slot. Source: forward-backward, Baum et al. 1970, in log space.
+
+    Args:
+        slot: the slot.
+        log_probs: float [length, vocab + 2], as for `commit_slots`.
+        fixed: int64 [length], as for `commit_slots`.
+        null_id: id of NULL.
+
+    Returns:
+        float32 [length, vocab + 2], rows sum to 1; None where no string of the slot has the fixed positions.
+    """
+    rows, known = log_probs.detach().float(), fixed.cpu().numpy()
+    if slot.automaton is None:
+        return _choice_marginals(slot, rows, known)
+    labels, steps = _labels_and_steps(slot.automaton, slot.max_length, slot.length)
+    best = _best_tokens(slot.automaton, labels, rows, null_id).scores
+    tokens = labels.index[labels.refused :]
+    lengths = torch.from_numpy(labels.lengths).to(rows.device)
+    spread = partial(torch.repeat_interleave, repeats=lengths, dim=1)  # from labels to their tokens
+    # Each token's share of its label, relative to the label's best token, so that nothing underflows.
+    tops = torch.from_numpy(best[:, labels.live]).to(rows.device, torch.float32)
+    scores = rows.index_select(1, tokens).nan_to_num(nan=-_EXTREME).clamp(-_EXTREME, _EXTREME)
+    shares = (scores - spread(tops)).exp()
+    running = shares.double().cumsum(dim=1)[:, lengths.cumsum(dim=0) - 1]
+    sums = running.diff(dim=1, prepend=running.new_zeros(len(rows), 1))
+    best[:, labels.live] += sums.log().cpu().numpy()
+    taken = _forward_backward(steps, _pinned(slot.automaton, labels, best, known, null_id))
+    if taken is None:
+        return None
+    of_label = torch.from_numpy(taken[:, labels.live]).to(rows.device)
+    result = torch.zeros_like(rows)
+    result.index_copy_(1, tokens.long(), shares * spread((of_label / sums).float()))
+    result[:, null_id] = torch.from_numpy(taken[:, labels.null]).to(rows.device)
+    for place in np.flatnonzero(known >= 0).tolist():
+        result[place] = 0.0
+        result[place, known[place]] = 1.0
+    return result
+
+
+def _choice_marginals(slot: CanvasSlot, rows: Tensor, known: np.ndarray) -> Tensor | None:
+    assert slot.choices is not None
+    fixed = torch.from_numpy(known).to(rows.device)
+    possible = ((fixed < 0) | (slot.choices == fixed)).all(dim=1)  # [choices]
+    if not bool(possible.any()):
+        return None
+    scores = rows.gather(1, slot.choices.T).double().nan_to_num(nan=-_EXTREME).clamp(-_EXTREME, _EXTREME)
+    shares = scores.sum(dim=0).masked_fill(~possible, NEGATIVE_INFINITY).softmax(dim=0)
+    return torch.zeros_like(rows).scatter_add_(1, slot.choices.T, shares.float().expand(slot.length, -1))
+
+
+def _forward_backward(steps: _Steps, scores: np.ndarray) -> np.ndarray | None:
+    """Probability of each label at each position, on paths from node 0 to any node.
+
+    Args:
+        steps: the steps.
+        scores: float64 [length, labels + 1], log-weights.
+
+    Returns:
+        float64 [length, labels + 1]; None where there is no path.
+    """
+    length, width = scores.shape
+    moves = _log_sums(scores.take(steps.labels, axis=1), steps.starts)
+    ahead = np.full((length + 1, steps.nodes), NEGATIVE_INFINITY)
+    behind = np.full((length + 1, steps.nodes), NEGATIVE_INFINITY)
+    ahead[0, 0], behind[length] = 0.0, 0.0
+    for place in range(length):
+        arriving = ahead[place][steps.source] + moves[place][steps.move]
+        ahead[place + 1][steps.reached] = _log_sums(arriving, steps.first)
+    for place in reversed(range(length)):
+        leaving = behind[place + 1][steps.reverse.source] + moves[place][steps.reverse.move]
+        behind[place][steps.reverse.reached] = _log_sums(leaving, steps.reverse.first)
+    if behind[0, 0] == NEGATIVE_INFINITY:
+        return None
+    move_of = np.repeat(np.arange(len(steps.starts)), np.diff(np.append(steps.starts, len(steps.labels))))
+    taken = np.empty((length, width))
+    for place in range(length):
+        weights = ahead[place][steps.source] + moves[place][steps.move] + behind[place + 1][steps.target]
+        of_move = np.bincount(steps.move, np.exp(weights - behind[0, 0]), minlength=len(steps.starts))
+        within = scores[place][steps.labels] - np.where(of_move > 0, moves[place], np.inf)[move_of]
+        taken[place] = np.bincount(steps.labels, of_move[move_of] * np.exp(within), minlength=width)
+    return taken
+
+
+def _log_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Log of the summed exponentials of consecutive groups along the last axis, each of one value or more."""
+    largest = np.maximum.reduceat(values, starts, axis=-1)
+    largest = np.where(np.isfinite(largest), largest, 0.0)
+    lengths = np.diff(np.append(starts, values.shape[-1]))
+    sums = np.add.reduceat(np.exp(values - np.repeat(largest, lengths, axis=-1)), starts, axis=-1)
+    with np.errstate(divide="ignore"):
+        return largest + np.log(sums)

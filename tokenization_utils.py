@@ -14,6 +14,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import get_json_schema
 
+from .schema_dialects import normalise_schema, normalise_tool
+
 BOS_TOKEN = "<|begin_of_text|>"
 END_OF_TEXT_TOKEN = "<|end_of_text|>"
 PAD_TOKEN = "<|finetune_right_pad_id|>"
@@ -264,8 +266,9 @@ def normalise_tools(tools: Sequence[dict[str, Any] | Callable[..., Any]] | None)
     """Bring tools of any accepted form into the OpenAI form.
 
     Args:
-        tools: OpenAI tools `{"type": "function", "function": {...}}`, bare schemas `{"name", "description",
-            "parameters"}` or Python functions with type hints and a Google-style docstring; None is no tools.
+        tools: OpenAI tools `{"type": "function", "function": {...}}`, any other form that
+            `schema_dialects.normalise_tool` knows (flat, Anthropic, MCP, pydantic models), or Python functions with
+            type hints and a Google-style docstring; None is no tools.
 
     Returns:
         New OpenAI-style dicts; a tool without parameters gets an empty object schema. Schemas are not changed.
@@ -391,13 +394,12 @@ def _json(value: Any) -> str:
 
 def _tool_function(index: int, tool: Any) -> dict[str, Any]:
     """The function object of one tool, checked."""
-    if callable(tool):
-        try:
-            tool = get_json_schema(tool)
-        except Exception as error:  # transformers raises its own kinds, one per docstring fault
-            raise ValueError(f"tools[{index}] is a function that gives no schema: {error}") from error
-    if not isinstance(tool, dict):
-        raise ValueError(f"tools[{index}] must be a dict or a function, not {type(tool).__name__}.")
+    try:
+        is_function = callable(tool) and not hasattr(tool, "model_json_schema")
+        tool = get_json_schema(tool) if is_function else normalise_tool(tool)
+    except Exception as error:  # transformers raises its own kinds, one per docstring fault
+        given = "is a function that gives no schema" if callable(tool) else "cannot be read"
+        raise ValueError(f"tools[{index}] {given}: {error}") from error
     function = tool.get("function", tool) if tool.get("type", "function") == "function" else None
     if not isinstance(function, dict):
         raise ValueError(f'tools[{index}] must be {{"type": "function", "function": {{...}}}} or a schema with a name.')
@@ -412,10 +414,16 @@ def _tool_function(index: int, tool: Any) -> dict[str, Any]:
     if function.get("parameters") is None:
         function["parameters"] = {"type": "object", "properties": {}}
     parameters = function["parameters"]
-    if not isinstance(parameters, dict) or parameters.get("type", "object") not in ("object", "dict"):
+    if not isinstance(parameters, dict) or not _may_be_object(parameters.get("type")):
         shown = str(parameters)[:80]
         raise ValueError(f"tools[{index}] ({name!r}) has parameters that are not an object schema: {shown}.")
     return function
+
+
+def _may_be_object(kind: Any) -> bool:
+    """Whether a `type`, in any dialect, allows an object; an absent one does."""
+    named = normalise_schema({"type": kind}, "")[0].get("type", "object")
+    return "object" in (named if isinstance(named, list) else [named])
 
 
 def _leading_system_text(tokenizer: PreTrainedTokenizerFast, input_ids: Sequence[int]) -> str:

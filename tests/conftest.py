@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("SMOLLM_DIFFUSION_CACHE", "")  # tests leave nothing behind
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

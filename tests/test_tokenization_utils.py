@@ -315,7 +315,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({"name": "f"}, "must be a list"),
         ("f", "must be a list"),
         ([WEATHER, WEATHER], r"tools\[1\] and tools\[0\] are both named 'get_weather'"),
-        ([WEATHER, 3], r"tools\[1\] must be a dict"),
+        ([WEATHER, 3], r"tools\[1\] .*a tool is a dict"),
         ([{"name": ""}], r"tools\[0\] has no name"),
         ([{"type": "function", "function": {}}], r"tools\[0\] has no name"),
         ([{"type": "function", "function": None}], r"tools\[0\] must be"),

@@ -34,6 +34,7 @@ from .optimizers import MuonAdamW, trapezoid
 
 modeling = load_repo_module("modeling_smollm_diffusion")
 scaffolds = load_repo_module("schema_scaffold")
+layouts = load_repo_module("scaffold_layout")
 grammar = load_repo_module("slot_grammar")
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Ran
     """
     tool = {"type": "function", "function": {"name": call.name, "parameters": call.schema}}
     try:
-        layout = scaffolds.draft_layout(scaffolds.compile_scaffold(tool), rng.choice(ARRAY_BUDGETS))
+        layout = layouts.draft_layout(scaffolds.compile_scaffold(tool), rng.choice(ARRAY_BUDGETS))
         texts = layout.texts(call.arguments) if layout is not None else []
     except ValueError:
         return None
