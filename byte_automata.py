@@ -141,6 +141,30 @@ class ByteAutomaton:
         """How many texts lead from each state to acceptance, the empty one included; may be infinite."""
         return self._sizes[0]
 
+    def has_more(self, state: int, chars: int, count: int) -> bool:
+        """Whether more than `count` texts lead from a state to acceptance, of at most so many further characters."""
+        reached, found = {(state, 0): 1}, 0
+        while reached:
+            found += sum(ways for (place, _), ways in reached.items() if self.accepting[place])
+            if found > count:
+                return True
+            after: dict[tuple[int, int], int] = {}
+            for (place, used), ways in reached.items():
+                for target, begins, times in self._leaving[place]:
+                    if used + begins + self.chars_needed[target] <= chars:
+                        key = (target, used + begins)
+                        after[key] = min(after.get(key, 0) + ways * times, count + 1)
+            reached = after
+        return False
+
+    @cached_property
+    def _leaving(self) -> list[list[tuple[int, int, int]]]:
+        """Of each state: targets, whether a character begins, number of bytes."""
+        found: list[list[tuple[int, int, int]]] = [[] for _ in self.accepting]
+        for source, target, begins, times in self.edges.tolist():
+            found[source].append((target, begins, times))
+        return found
+
     @property
     def longest(self) -> float:
         """Bytes of the longest accepted text; may be infinite."""

@@ -17,7 +17,7 @@ from .schema_scaffold import Leaf
 from .slot_grammar import Vocabulary
 
 # What may close a value: without room for more, nothing else is taken while one of these is allowed.
-_CLOSING = [bytes([code]) for code in b'"}]0123456789el']
+_CLOSING = [bytes([code]) for code in b'"}]']
 
 
 class GuidedAutomaton:

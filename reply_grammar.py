@@ -35,6 +35,9 @@ from .tokenization_utils import CALL_OPENING, call_segments
 # Literal texts that are kept per tool; those of recursive and repeated values have no end.
 MAX_TRIES = 20_000
 
+# Nobody knows the shortest way to the end of a guided value, so one that does not end by itself is given up here.
+MAX_GUIDED_TOKENS = 1024
+
 _BEFORE_ARGUMENTS = '", "arguments": '
 
 
@@ -84,6 +87,11 @@ class _Literal:
     node: _Trie
     tool: Scaffold | None
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for ways that lead to the same."""
+        return (id(self.node),)
+
 
 @dataclass(frozen=True, eq=False)
 class _Value:
@@ -111,6 +119,11 @@ class _Value:
         return self.place.tool
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for ways that lead to the same."""
+        return (*self.place.key, self.state, self.used, self.chars, self.text)
+
+    @property
     def leaf(self) -> Leaf:
         assert self.place.leaf is not None
         return self.place.leaf
@@ -126,10 +139,10 @@ class _Value:
 
     def allowed(self, room: int, vocabulary: Vocabulary) -> Tensor:
         """bool [vocab]: tokens that the value may take, `room` of them at most unless it needs more to end."""
-        if self.automaton.accepts(self.state) and not self.may_end:
-            room = 1 << 20  # it repeats another value, so it has to go on
-        mask = self.automaton.allowed(self.state, room, self.chars_left)
         ahead = [taken[len(self.text) :] for taken in self.taken if taken.startswith(self.text)]
+        if ahead:
+            room = 1 << 20  # the shortest ways on may all be taken; no way along a taken text is longer than that
+        mask = self.automaton.allowed(self.state, room, self.chars_left)
         if ahead:
             mask = mask.clone()
             for rest in ahead:
@@ -140,16 +153,26 @@ class _Value:
 
     def leads_out(self, token: int, step: bytes, ahead: Sequence[bytes]) -> bool:
         """Whether a text that is not taken can be reached behind a token."""
-        state, _ = self.automaton.step(self.state, token)
-        automaton = _written_automaton(self.leaf)
-        return state >= 0 and automaton.strings[automaton.state(self.text + step)] > sum(
-            rest.startswith(step) for rest in ahead
-        )
+        state, chars = self.automaton.step(self.state, token)
+        if state < 0:
+            return False
+        automaton, count = _written_automaton(self.leaf), sum(rest.startswith(step) for rest in ahead)
+        place = automaton.state(self.text + step)
+        if self.chars_left is None:
+            return automaton.strings[place] > count
+        return automaton.has_more(place, self.chars_left - chars, count)
 
     def after(self, token: int, vocabulary: Vocabulary) -> "_Value":
         state, chars = self.automaton.step(self.state, token)
         text = self.text + (vocabulary.bytes[token] or b"") if self.taken else b""
         return replace(self, state=state, used=self.used + 1, chars=self.chars + chars, text=text)
+
+
+def _endless(value: _Value) -> UnsupportedSchemaError:
+    """What is said of a guided value that does not end by itself."""
+    tool = value.tool.tool if value.tool is not None else ""
+    advice = f"the guided value did not end within {value.used} tokens: bound its schema."
+    return UnsupportedSchemaError(tool, value.leaf.path, "schema", advice)
 
 
 def _written_automaton(leaf: Leaf) -> ByteAutomaton:
@@ -245,11 +268,14 @@ class ReplyGrammar:
         tries = self._names if place.tool is None else place.tool.memo.setdefault(self.vocabulary, {})
         if len(tries) >= MAX_TRIES:
             tries.clear()
-        key = (*place.key, closing, more, taken)
-        if key not in tries:
-            trie = tries[key] = _Trie()
+        key = (*place.key, closing, more)
+        if taken or key not in tries:
+            trie = _Trie()
             for tokens, target in self._texts(place, closing, more, taken):
                 trie.add(tokens, target)
+            if taken:
+                return trie  # what was written does not come again
+            tries[key] = trie
         return tries[key]
 
     def _texts(
@@ -399,19 +425,23 @@ class Cursor:
             if node.children:
                 ways.append(_Literal(node, way.tool))
             for place in node.places:
-                calls += place.kind == "call end"
+                if place.kind == "call end":
+                    calls = self.calls + 1
                 ways.extend(grammar.enter(place, closing, more, text))
         for value, allowed in self._value_masks:
             if bool(allowed[token]):
                 alive = True
                 grown = value.after(token, grammar.vocabulary)
                 ways.extend(grammar.at_value(grown, closing))
-                if grown.used == grammar.max_value_tokens:
+                if grown.used == grammar.max_value_tokens and value.leaf.path not in cut[len(self.cut) :]:
                     cut = (*cut, value.leaf.path)
+                if value.leaf.kind == "guided" and grown.used >= MAX_GUIDED_TOKENS:
+                    raise _endless(value)
         if not alive:
             return None
         if self.written + 1 == grammar.max_call_tokens and calls == self.calls:
             cut = (*cut, "")
+        ways = list({way.key: way for way in ways}.values())
         if calls > self.calls:
             return Cursor(grammar, ways, calls, self.total + 1, cut=cut)
         return Cursor(grammar, ways, calls, self.total + 1, self.written + 1, cut, text)

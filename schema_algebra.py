@@ -262,16 +262,17 @@ def escape_pointer(name: str) -> str:
 
 def value_key(value: Any) -> str:
     """A text that values have in common which are equal in JSON Schema: 1 is 1.0, true is not 1."""
-    return json.dumps(_with_plain_numbers(value), sort_keys=True)
+    return json.dumps(with_plain_numbers(value), sort_keys=True)
 
 
-def _with_plain_numbers(value: Any) -> Any:
+def with_plain_numbers(value: Any) -> Any:
+    """A value with integral floats as ints, so that equal values have equal texts."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
-        return [_with_plain_numbers(item) for item in value]
+        return [with_plain_numbers(item) for item in value]
     if isinstance(value, dict):
-        return {name: _with_plain_numbers(item) for name, item in value.items()}
+        return {name: with_plain_numbers(item) for name, item in value.items()}
     return value
 
 

@@ -45,7 +45,7 @@ from .schema_algebra import (
     StringShape,
     UnsupportedSchemaError,
     conjunction,
-    value_key,
+    with_plain_numbers,
 )
 from .schema_dialects import normalise_schema
 
@@ -170,6 +170,16 @@ class ObjectNode:
         free = range(done, len(self.properties))
         return count + sum(not self._needed_beside[index] & absent for index in free) >= self.min_properties
 
+    def least_nodes(self) -> list["Node"]:
+        """What stands in the object where everything is left out that may be; of free names any one."""
+        needed = self.required.union(*(self._needed_beside[index] for index in self.required))
+        lacking = max(0, self.min_properties - len(needed))
+        free = [index for index in range(len(self.properties)) if index not in needed]
+        nodes = [self.properties[index].node for index in sorted(needed)]
+        if lacking and self.extras:
+            return nodes + [extra.node for extra in self.extras] * lacking
+        return nodes + [self.properties[index].node for index in free[len(free) - lacking :]]
+
     @cached_property
     def _needed_beside(self) -> tuple[frozenset[int], ...]:
         """What must stand beside each property, directly or by way of others."""
@@ -212,7 +222,7 @@ class ArrayNode:
 
 @dataclass(eq=False)
 class UnionNode:
-    """One of several nodes; `shortest` is the one to take where a call has to end (None: any)."""
+    """One of several nodes; `shortest` is the one to take where a call has to end."""
 
     path: str
     branches: tuple["Node", ...]
@@ -447,7 +457,8 @@ class _Compiler:
     def closed(self, texts: list[str], pointer: str, distinct: bool) -> Leaf:
         if distinct:
             # 1 and 1.0 are one value, and one of them is enough.
-            texts = list({value_key(json.loads(text)): text for text in texts}.values())
+            plain = (with_plain_numbers(json.loads(text)) for text in texts)
+            texts = list(dict.fromkeys(json.dumps(value, ensure_ascii=False) for value in plain))
         quoted = all(text.startswith('"') for text in texts)
         return Leaf("choice", pointer, quoted, tuple(text[1:-1] if quoted else text for text in texts))
 
@@ -472,9 +483,12 @@ class _Compiler:
         extras = self.extras(shape, pointer, depth, distinct) if free and wants_more else ()
         few = [extra for extra in extras if extra.key.automaton is None or extra.key.automaton.strings[0] <= MAX_NAMES]
         extras = tuple(extra for extra in extras if extra not in few)
-        for extra in few:
-            names = [name for name in _names_of(extra.key) if name not in shape.declared]
-            properties += [Property(name, extra.node, False) for name in names]
+        few.sort(key=lambda extra: extra.key.automaton is not None)  # listed names stand first
+        further = {name: extra.node for extra in few for name in _names_of(extra.key) if name not in shape.declared}
+        properties += [Property(name, inner, False) for name, inner in further.items()]
+        able = sum(extra.key.automaton.strings[0] for extra in extras if extra.key.automaton is not None)
+        if extras and shape.min_properties > len(properties) + able:
+            self.refuse(pointer, "minProperties", "fewer names are possible: lower it.")
         number = {entry.name: index for index, entry in enumerate(properties)}
         implied = []
         for name, others in sorted(shape.implied, key=lambda pair: pair[0]):
@@ -603,7 +617,7 @@ class _Compiler:
             self.refuse(
                 node.path,
                 "uniqueItems",
-                "the items need a required string or number without a small closed set, and no free property names.",
+                "the items have to be of one type and hold a required string or number, and no free property names.",
             )
         most = min(_or_infinite(node.max_items), _how_many(item))
         if node.min_items > most:
@@ -749,8 +763,6 @@ def _how_many(node: Node) -> float:
     """How many values a distinct item may have at least."""
     if isinstance(node, Leaf):
         return len(node.choices) if node.automaton is None else node.automaton.strings[0]
-    if isinstance(node, UnionNode):
-        return sum(map(_how_many, node.branches))
     return math.inf
 
 
@@ -758,16 +770,12 @@ def _distinct_node(node: Node, level: int) -> Node | None:
     """An item that cannot repeat: its last required open value differs wherever all before it is equal."""
     if isinstance(node, Leaf):
         return _distinct_leaf(node, level) if node.kind != "guided" else None
-    if isinstance(node, UnionNode):
-        if all(isinstance(branch, Leaf) and branch.kind != "guided" for branch in node.branches):
-            return UnionNode(node.path, tuple(_distinct_leaf(branch, level) for branch in node.branches))  # type: ignore[arg-type]
-        return None
     if not isinstance(node, ObjectNode) or _has_extras(node):
         return None
     for index in reversed(range(len(node.properties))):
         entry = node.properties[index]
         inner = _distinct_node(entry.node, level + 1) if entry.required else None
-        if inner is not None and not isinstance(inner, UnionNode) and math.isinf(_how_many(inner)):
+        if inner is not None and math.isinf(_how_many(inner)):
             changed = list(node.properties)
             changed[index] = replace(entry, node=inner)
             return replace(node, properties=tuple(changed))
@@ -843,7 +851,7 @@ class _Sizes:
             self.measure_tree(root)
         self.refuse_endless(nodes)
         for node in nodes:
-            if isinstance(node, UnionNode) and not any(_is_distinct(branch) for branch in node.branches):
+            if isinstance(node, UnionNode):
                 node.shortest = min(node.branches, key=lambda branch: self.sizes[id(branch)])
 
     def refuse_endless(self, nodes: list[Node]) -> None:
@@ -877,9 +885,8 @@ class _Sizes:
         if isinstance(node, UnionNode):
             return min(of(id(branch), unknown) for branch in node.branches)
         if isinstance(node, ObjectNode):
-            inner = [of(id(entry.node), unknown) for entry in node.properties if entry.required]
-            further = max(0, node.min_properties - len(inner))
-            return (1 + sum(size for size, _ in inner) + further, 1 + max([0, *(deep for _, deep in inner)]))
+            inner = [of(id(one), unknown) for one in node.least_nodes()]
+            return (1 + sum(size for size, _ in inner), 1 + max([0, *(deep for _, deep in inner)]))
         inner = [of(id(one), unknown) for one in node.prefix[: node.min_items]]
         rest = node.min_items - len(inner) - node.min_matches
         behind = node.item if node.item is not None else node.match
@@ -889,10 +896,6 @@ class _Sizes:
                 inner.append(of(id(one), unknown))
                 total += count * max(1, inner[-1][0])
         return (1 + total, 1 + max([0, *(deep for _, deep in inner)]))
-
-
-def _is_distinct(node: Node) -> bool:
-    return isinstance(node, Leaf) and node.distinct is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1007,7 +1010,8 @@ def _open(node: Node, frame: Frame | None, least: bool) -> Iterator[Option]:
         assert node.target is not None
         yield Option("", "node", None, frame, node.target)
     elif isinstance(node, UnionNode):
-        for branch in (node.shortest,) if least and node.shortest is not None else node.branches:
+        assert node.shortest is not None
+        for branch in (node.shortest,) if least else node.branches:
             yield from _open(branch, frame, least)
     elif isinstance(node, ObjectNode):
         yield from _properties(Frame(node, frame, depth=depth + 1), least)
