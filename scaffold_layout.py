@@ -588,7 +588,8 @@ class _Observer:
         text, complete = self.written[self.place : end], end < len(self.written)
         if leaf.kind == "string":
             text = _unescape(text)
-            viable = leaf.automaton is None or leaf.automaton.viable(text.encode(), complete)
+            viable = leaf.max_length is None or len(text) <= leaf.max_length
+            viable = viable and (leaf.automaton is None or leaf.automaton.viable(text.encode(), complete))
         else:
             viable = any(choice == text if complete else choice.startswith(text) for choice in leaf.choices)
         if not viable:

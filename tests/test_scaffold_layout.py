@@ -200,6 +200,7 @@ def test_a_union_is_one_decision_between_its_branches(schema: Any, choices: tupl
         ({"anyOf": [{"enum": ["ab", "abc"]}, {"type": "string", "minLength": 4}]}, "abcd"),
         ({"anyOf": [{"enum": ["ab", 1]}, {"type": "string", "minLength": 3}]}, "abc"),
         ({"type": "string", "anyOf": [{"pattern": "^a+$"}, {"pattern": "^a+b$"}]}, "aab"),
+        ({"type": "string", "anyOf": [{"maxLength": 2}, {"minLength": 2}]}, "abc"),
         ({"anyOf": [{"type": "array", "items": INTEGER}, {"type": "array", "items": STRING}]}, ["s"]),
         ({"anyOf": [{"type": "array", "items": INTEGER}, {"type": "array", "items": NUMBER}]}, [1, 2, 2.5]),
         ({"type": "array", "items": {"type": ["string", "null"]}}, ["s", None, ""]),
