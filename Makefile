@@ -1,4 +1,4 @@
-# make demo, make test, make lint, make modeling-common-tests. Python 3.11 or newer must be on the path.
+# make demo, make test, make train-smoke, make lint, make modeling-common-tests. Python 3.11 or newer must be on the path.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 MODULES := $(filter-out train_hf.py demo.py repo_package.py,$(wildcard *.py))
 TRANSFORMERS = $$($(BIN)/python -c "import transformers; print(transformers.__version__)")
 
-.PHONY: demo test test-all lint types modeling-common-tests clean
+.PHONY: demo test test-all train-smoke lint types modeling-common-tests clean
 
 # Runtime dependencies only, so that the first demo starts soon.
 demo: $(VENV)/.runtime-stamp
@@ -20,6 +20,10 @@ test: $(VENV)/.dev-stamp
 
 test-all: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# About two minutes: trains head and decision on made-up calls and checks what must hold.
+train-smoke: $(VENV)/.dev-stamp
+	$(BIN)/python -m training.smoke
 
 lint: $(VENV)/.dev-stamp types
 	$(BIN)/ruff check .

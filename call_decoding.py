@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .drafting import Draft, Drafter, Drafting, DraftTask, HeadRequest
 from .reply_grammar import Cursor, ReplyGrammar, call_continuation
-from .scaffold_layout import draft_layout
+from .scaffold_layout import DraftSlot, draft_layout
 from .schema_scaffold import Scaffold
 from .slot_grammar import Canvas, Vocabulary
 
@@ -30,6 +30,43 @@ _BREAKS_OFF = re.compile(rb'(?:[^"]|"(?:[^"\\]|\\.)*+")*+(?:(?<=[-+.\w])|"(?=.)(
 MAX_VAIN_DRAFTS = 3
 
 
+# Slots that decide on the structure of a call and hold no value of it.
+STRUCTURE_KINDS = ("presence", "length", "branch")
+
+
+@dataclass(frozen=True)
+class DraftedSlot:
+    """One slot of the first draft of a call, and what became of it.
+
+    Args:
+        path: JSON pointer of its value inside the arguments, such as `/days/0`.
+        kind: see `slot_kind`.
+        drafted: its text in the draft: raw contents of strings, JSON otherwise.
+        final: its text in the final call; None where that call has no such slot.
+    """
+
+    path: str
+    kind: str
+    drafted: str
+    final: str | None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it stands unchanged."""
+        return self.drafted == self.final
+
+
+def slot_kind(slot: DraftSlot) -> str:
+    """What a slot holds: `"string"`, `"integer"`, `"number"`, `"boolean"`, `"enum"` (of any closed set), or the `"key"`
+    of a freely named property; or one of `STRUCTURE_KINDS`."""
+    if slot.role != "value":
+        return slot.role
+    if slot.leaf.kind != "choice":
+        return slot.leaf.kind
+    boolean = not slot.leaf.quoted and {"true", "false"}.issuperset(slot.leaf.choices)
+    return "boolean" if boolean else "enum"
+
+
 @dataclass
 class GenerationStats:
     """What one request cost; forwards are counted by hooks on the modules, those of a batch for each of its rows.
@@ -37,20 +74,29 @@ class GenerationStats:
     Args:
         base_forwards, head_forwards: forwards of the base and of the head.
         calls: calls that the grammar made; what looks like a call in free text is text.
-        drafted_slots: values in the first draft of each call.
-        accepted_slots: those of them that stand unchanged in the final call.
+        slots: what became of the first draft of each call, slot by slot.
         cut: JSON pointers (in the tool's schema) of values that were ended by the limit of their length; an empty
             pointer for a call.
-        seconds: wall time per stage: scaffold, prefill, draft, verify, text.
+        seconds: wall time per stage: scaffold, prefill, adapter (where the model has a draft adapter), draft, verify,
+            text.
     """
 
     base_forwards: int = 0
     head_forwards: int = 0
     calls: int = 0
-    drafted_slots: int = 0
-    accepted_slots: int = 0
+    slots: list[DraftedSlot] = field(default_factory=list, repr=False)
     cut: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def drafted_slots(self) -> int:
+        """Values in the first draft of each call."""
+        return sum(slot.kind not in STRUCTURE_KINDS for slot in self.slots)
+
+    @property
+    def accepted_slots(self) -> int:
+        """Those of them that stand unchanged in the final call."""
+        return sum(slot.accepted for slot in self.slots if slot.kind not in STRUCTURE_KINDS)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -388,8 +434,11 @@ class CallWriter:
 
     def current_call(self) -> bytes:
         """Bytes of the call being written, from behind `<tool_call>`."""
-        start = len(self.reply) - 1 - self.reply[::-1].index(self.vocabulary.call_start)
-        return self.vocabulary.spell(self.reply[start + 1 :])
+        return self.vocabulary.spell(self.reply[len(self.in_front()) + 1 :])
+
+    def in_front(self) -> list[int]:
+        """Tokens of the reply in front of the call being written."""
+        return self.reply[: len(self.reply) - 1 - self.reply[::-1].index(self.vocabulary.call_start)]
 
     def count_slots(self) -> None:
         """Compare the first draft of each call with what became of it."""
@@ -399,14 +448,15 @@ class CallWriter:
             layout = draft_layout(scaffold, self.array_budget)
             if draft is None or layout is None:
                 continue
-            values = [number for number, slot in enumerate(layout.slots) if slot.role in ("value", "key")]
             try:
                 final, drafted = layout.texts(call["arguments"]), layout.texts(draft)
             except ValueError:
                 continue  # it went beyond what is laid out for a drafter
-            alive = [number for number in values if drafted[number] is not None]
-            self.stats.drafted_slots += len(alive)
-            self.stats.accepted_slots += sum(drafted[number] == final[number] for number in alive)
+            self.stats.slots += [
+                DraftedSlot(slot.path, slot_kind(slot), text, after)
+                for slot, text, after in zip(layout.slots, drafted, final, strict=True)
+                if text is not None
+            ]
 
 
 def calls_of(

@@ -30,7 +30,8 @@ class HeadCandidateGenerator(CandidateGenerator):
 
     Behind the prompt that is the opening of a call, and as soon as the name leaves only one tool it is a draft of the
     whole call. Where the base takes another way than the draft, the rest is drafted again. The head reads what the
-    base's own forwards computed for everything in front of the call, so that it costs no forward of the base.
+    base's own forwards computed for everything in front of the call, so that it costs no forward of the base; where the
+    model has a draft adapter it costs one for each call, see the model's `draft_features`.
 
     Args:
         model: the model, whose head drafts.
@@ -52,7 +53,7 @@ class HeadCandidateGenerator(CandidateGenerator):
         self.steps = steps
         # By what stands between the opening of a call and its arguments.
         self.scaffolds = {_before_arguments(tool): _scaffold(tool) for tool in tools}
-        self.head_reads = bool(tools) and not isinstance(drafter, LookupDrafter)
+        self.head_reads = bool(tools) and not isinstance(drafter, LookupDrafter) and not model.has_draft_adapter
         self.real = torch.ones(0, dtype=torch.bool)  # bool [prompt], False at padding
         self.prompt: list[int] = []  # without padding
         self.columns = 0  # of which the base's states were taken
@@ -199,6 +200,8 @@ class HeadCandidateGenerator(CandidateGenerator):
         new = tokens[self.read :]
         if not new:
             return
+        if self.model.has_draft_adapter:
+            self.unread = [self.model.draft_features([tokens])[0][self.read :]]
         states = torch.cat(self.unread)
         ids = torch.tensor([new], device=states.device)
         memory = self.model.diffusion_head.encode_prompt(

@@ -929,13 +929,14 @@ def uncompilable_parts(model: Any) -> dict[str, str]:
         reason = "the model is spread over several devices"
     if reason is not None:
         return {"base": reason, "head": reason}
+    off = {"head": "it reads the base's features of the scaffold"} if model.diffusion_head.reads_scaffold else {}
     layers = DynamicCache(config=model.config.get_text_config()).layers
     if not layers or any(type(layer) is not DynamicLayer for layer in layers):
-        return {"base": "not all of its layers are full attention"}
+        return {**off, "base": "not all of its layers are full attention"}
     attention = model.base.config._attn_implementation
     if attention not in MASKED_ATTENTION:
-        return {"base": f"its attention is {attention!r}, which is none of {', '.join(MASKED_ATTENTION)}"}
-    return {}
+        return {**off, "base": f"its attention is {attention!r}, which is none of {', '.join(MASKED_ATTENTION)}"}
+    return off
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from transformers.models.smollm3 import SmolLM3Config
 NOISE_SCHEDULES = ("log_linear", "cosine", "linear")
 LOSS_WEIGHTINGS = ("schedule", "count", "none")
 FIELD_MASKS = ("full", "block_causal", "isolated")
+SCAFFOLD_FEATURES = ("head", "base")
 
 # The Hub finds the classes through this map; AutoModel and AutoModelForCausalLM give the same class.
 AUTO_MAP = {
@@ -54,6 +55,8 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
             None = four spread ones that end at the last.
         field_mask: what a position of a slot sees of the other slots: "full" (all of them), "block_causal" (those in
             front of it) or "isolated" (nothing). Unless it is "full", fixed text sees no slot.
+        scaffold_features: "head" embeds the scaffold in the head alone; "base" also runs the base over prompt and
+            masked scaffold, one more forward for each draft, and gives the head its hidden states there.
         string_budget: positions that the head drafts for a string value.
         number_budget: positions that the head drafts for a number.
         array_budget: items that the head drafts for an array.
@@ -66,7 +69,13 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         null_loss_weight: weight of the cross-entropy at positions whose target is NULL.
         null_prediction_penalty: weight of the probability of NULL at positions whose target is content.
         label_smoothing: part of the target distribution spread over all tokens.
+        constraint_loss_weight: weight of -log(mass on tokens that can occur in a slot of the kind at hand).
+        distill_weight: part of the cross-entropy that is taken with a teacher's distribution where one is given; the
+            rest is taken with the gold token.
         initializer_range: standard deviation of the head's initial weights.
+        decision_head: whether the model has a probe that says how likely a call is wanted; see `DecisionHead`.
+        draft_adapter: whether the model has a LoRA adapter on its base, which acts in the draft pass only; it lies in
+            `adapter/` beside the config.
         base_model_name_or_path: repo or folder of the base; a head-only checkpoint loads the base from it.
         base_revision: revision of that repo.
         head_only_checkpoint: whether the weights beside this config hold the head alone.
@@ -89,6 +98,7 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         head_intermediate_size: int | None = None,
         feature_layers: tuple[int, ...] | list[int] | None = None,
         field_mask: str = "full",
+        scaffold_features: str = "head",
         string_budget: int = 16,
         number_budget: int = 12,
         array_budget: int = 4,
@@ -100,7 +110,11 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         null_loss_weight: float = 0.1,
         null_prediction_penalty: float = 0.3,
         label_smoothing: float = 0.1,
+        constraint_loss_weight: float = 0.0,
+        distill_weight: float = 0.0,
         initializer_range: float = 0.02,
+        decision_head: bool = False,
+        draft_adapter: bool = False,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
         head_only_checkpoint: bool = False,
@@ -119,6 +133,7 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
             feature_layers = spread_layers(self.text_config.num_hidden_layers)
         self.feature_layers = tuple(feature_layers) if isinstance(feature_layers, list) else feature_layers
         self.field_mask = field_mask
+        self.scaffold_features = scaffold_features
         self.string_budget = string_budget
         self.number_budget = number_budget
         self.array_budget = array_budget
@@ -130,7 +145,11 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         self.null_loss_weight = null_loss_weight
         self.null_prediction_penalty = null_prediction_penalty
         self.label_smoothing = label_smoothing
+        self.constraint_loss_weight = constraint_loss_weight
+        self.distill_weight = distill_weight
         self.initializer_range = initializer_range
+        self.decision_head = decision_head
+        self.draft_adapter = draft_adapter
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         self.head_only_checkpoint = head_only_checkpoint
@@ -178,8 +197,9 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         for name in ("base_model_name_or_path", "base_revision"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}.")
-        if not isinstance(self.head_only_checkpoint, bool):
-            raise TypeError(f"head_only_checkpoint must be true or false, got {self.head_only_checkpoint!r}.")
+        for name in ("decision_head", "draft_adapter", "head_only_checkpoint"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if self.head_only_checkpoint and self.base_model_name_or_path is None:
             raise ValueError(
                 "head_only_checkpoint is true but base_model_name_or_path is not set, so the base cannot be found; "
@@ -211,7 +231,12 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
             )
 
     def _check_objective(self) -> None:
-        choices = {"field_mask": FIELD_MASKS, "noise_schedule": NOISE_SCHEDULES, "loss_weighting": LOSS_WEIGHTINGS}
+        choices = {
+            "field_mask": FIELD_MASKS,
+            "scaffold_features": SCAFFOLD_FEATURES,
+            "noise_schedule": NOISE_SCHEDULES,
+            "loss_weighting": LOSS_WEIGHTINGS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -219,6 +244,8 @@ class SmolLMDiffusionConfig(PreTrainedConfig):
         _check_number("null_loss_weight", self.null_loss_weight, 0.0, math.inf)
         _check_number("null_prediction_penalty", self.null_prediction_penalty, 0.0, math.inf)
         _check_number("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        _check_number("constraint_loss_weight", self.constraint_loss_weight, 0.0, math.inf)
+        _check_number("distill_weight", self.distill_weight, 0.0, 1.0)
         _check_number("initializer_range", self.initializer_range, 0.0, math.inf, open_ends=True)
 
 

@@ -181,6 +181,10 @@ class SchemaDiffusionHead(nn.Module):
         self.special_embeddings = nn.Embedding(2, base_width)  # rows: MASK, NULL
         self.input_norm = nn.RMSNorm(base_width, eps=eps)
         self.input_proj = _linear(base_width, width)
+        # Starts at zero: as the head that embeds the scaffold by itself.
+        reads_base = config.scaffold_features == "base"
+        features_width = len(config.feature_layers) * base_width
+        self.scaffold_proj = _linear(features_width, width, init_scale=0.0) if reads_base else None
         self.time_in = _linear(2 * _TIME_FREQUENCIES, width, bias=True)
         self.time_out = _linear(width, width, bias=True)
 
@@ -192,6 +196,11 @@ class SchemaDiffusionHead(nn.Module):
         self.null_output = _linear(base_width, 1, bias=True, init_scale=0.0)
         self.copy_gate = _linear(width, 1, bias=True, init_scale=0.0)  # starts neutral: half language, half copying
         self.copy_reader = CopyReader(config, eps)
+
+    @property
+    def reads_scaffold(self) -> bool:
+        """Whether it reads the base's hidden states at the masked scaffold."""
+        return self.scaffold_proj is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,11 +221,8 @@ class SchemaDiffusionHead(nn.Module):
         Returns:
             The memory that `forward` and `slot_log_probs` read.
         """
-        # Padding becomes zero in all that follows, so that no neighbour sees it, even where the base left NaN.
-        features = features.to(self.dtype).masked_fill(~prompt_mask[..., None], 0.0)
-        # Layers of a base differ in scale by orders of magnitude, so each is normalised by itself.
-        per_layer = features.unflatten(-1, (len(self.config.feature_layers), -1))
-        fused = self.memory_norm(self.feature_proj(self.feature_norm(per_layer).flatten(2)))  # [batch, prompt, width]
+        features = self._normed_features(features, prompt_mask)
+        fused = self.memory_norm(self.feature_proj(features))  # [batch, prompt, width]
         positions = real_positions(prompt_mask)
         rotation = self._rotation(positions if offset is None else positions + offset[:, None])
         copy_keys, copy_values = self.copy_reader.encode(fused)
@@ -240,6 +246,7 @@ class SchemaDiffusionHead(nn.Module):
         embedding_weight: Tensor,
         field_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        scaffold_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the blocks over a scaffold.
 
@@ -255,15 +262,22 @@ class SchemaDiffusionHead(nn.Module):
             field_ids: long [batch, scaffold], which slot a position belongs to, numbered as they are read; -1 is fixed
                 text. Only `config.field_mask` "full" does without.
             positions: long [batch, chosen], the scaffold positions to give out; None = all of them.
+            scaffold_features: [batch, scaffold, feature_layers * base_width], the base's hidden states at the masked
+                scaffold; read where `config.scaffold_features` is "base", which needs them.
 
         Returns:
             Hidden states [batch, chosen, width] and pointer log-probabilities, float32 [batch, chosen, prompt];
             both are for `slot_log_probs`.
 
         Raises:
-            ValueError: the field mask needs `field_ids`, or they have another shape than the scaffold.
+            ValueError: the field mask needs `field_ids`, or they have another shape than the scaffold, or the base's
+                features of the scaffold are missing.
         """
         hidden = self._embed(scaffold_ids, embedding_weight) + self._embed_time(time)[:, None]
+        if self.scaffold_proj is not None:
+            if scaffold_features is None:
+                raise ValueError('With scaffold_features "base" the head needs the features of the scaffold.')
+            hidden = hidden + self.scaffold_proj(self._normed_features(scaffold_features, scaffold_mask))
         rotation = self._rotation(memory.lengths[:, None] + real_positions(scaffold_mask))
         visible = self._visible(scaffold_ids, field_ids)
         bias = _attention_bias(memory.mask, scaffold_mask, visible, self.dtype)
@@ -276,6 +290,14 @@ class SchemaDiffusionHead(nn.Module):
             pointer = pointer[chosen]
         hidden = self.layers[-1](hidden + context, memory.keys[-1], memory.values[-1], bias, rotation, chosen)
         return self.final_norm(hidden), pointer
+
+    def _normed_features(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features of the base as the head reads them: [batch, length, feature_layers * base_width] in its dtype."""
+        # Padding becomes zero in all that follows, so that no neighbour sees it, even where the base left NaN.
+        features = features.to(self.dtype).masked_fill(~mask[..., None], 0.0)
+        # Layers of a base differ in scale by orders of magnitude, so each is normalised by itself.
+        per_layer = features.unflatten(-1, (len(self.config.feature_layers), -1))
+        return self.feature_norm(per_layer).flatten(2)
 
     def _visible(self, scaffold_ids: Tensor, field_ids: Tensor | None) -> Tensor | None:
         """Which scaffold position (second axis) sees which (third): bool [batch, scaffold, scaffold]; None = all.

@@ -106,7 +106,9 @@ class CallOptions:
         guidance_scale: classifier-free guidance of the draft: how far away from what the head says without a prompt.
         drafter: `"head"`, `"lookup"` (values out of the prompt, for a base without a trained head), `"mixed"` (values
             out of the prompt, the head for the rest and once per call), or a `Drafter`.
-        tool_call_threshold: calls when P(call) is at least this; None calls when the base itself would.
+        tool_call_threshold: calls when P(call) is at least this; None calls when the base itself would. P(call) is what
+            the model's `decision_head` says, or, where it has none, the base's probability of a call's first token;
+            None asks no probe.
         max_tool_calls: most calls in one reply.
         enable_thinking: the base reasons in `<think>` first, for at most `max_new_tokens`, then routes.
         on_unsupported: what becomes of a value whose schema cannot be guaranteed: `"error"` raises
@@ -284,6 +286,7 @@ class _Row:
         read_calls: how many calls of the reply the head has read.
         thought: whether the base has thought already.
         sampled: whether the decision against a call was drawn, and so holds for the first token of the text only.
+        call_probability: P(call) behind its context, as the model's probe or else its base has it.
     """
 
     prompt: list[int]
@@ -304,6 +307,7 @@ class _Row:
     read_calls: int = 0
     thought: bool = False
     sampled: bool = False
+    call_probability: float = 0.0
 
     @property
     def context(self) -> list[int]:
@@ -390,8 +394,11 @@ class _BatchRun:
         self.pad_id = pad_id
         grammars = [row.grammar for row in rows if row.grammar is not None]
         self.opening = grammars[0].opening() if grammars else []
-        self.head_reads = options.decoding != "ar" and options.drafter != "lookup"
+        # With a draft adapter the head reads a pass of its own, where it drafts, and not what the base computes anyway.
+        reads = options.decoding != "ar" and options.drafter != "lookup"
+        self.head_reads = reads and not model.has_draft_adapter
         self.reads_calls = self.head_reads and options.max_tool_calls > 1
+        self.asks_probe = options.tool_call_threshold is not None and model.decision_head is not None
         self.stacked: tuple[list[PromptMemory], PromptMemory] | None = None
 
     def run(self) -> None:
@@ -452,7 +459,8 @@ class _BatchRun:
         width = max(map(len, tokens))
         with self.forward(rows, "prefill"):
             keep = [width - len(self.opening) - 1, width - 1]
-            block = cache.forward(self.model.base, tokens, keep, hidden=self.head_reads, left=True)
+            hidden = self.head_reads or self.asks_probe
+            block = cache.forward(self.model.base, tokens, keep, hidden=hidden, left=True)
             if self.head_reads:
                 states = self.model.prompt_features_of(block.hidden_states)
                 end = width - len(self.opening)
@@ -461,6 +469,11 @@ class _BatchRun:
                     row.unread.append((state[end - len(new) : end], new))
                     row.later = [(state[end:], self.opening)]
             self.keep_prompts(cache, rows)
+        last = block.hidden_states[-1] if block.hidden_states is not None and self.asks_probe else None
+        at_end = None if last is None else last[:, keep[0]]
+        chances = self.model.call_probability(block.logits[:, 0], at_end, self.vocabulary.call_start)
+        for row, chance in zip(rows, chances.tolist(), strict=True):
+            row.call_probability = chance
         return block.logits
 
     def require_room(self, rows: Sequence[_Row]) -> None:
@@ -499,16 +512,15 @@ class _BatchRun:
             row.mode = "think"
             return
         threshold, call = self.options.tool_call_threshold, self.vocabulary.call_start
-        probability = float(logits.float().softmax(-1)[call])
         row.sampled = isinstance(row.choose, Sampler) and threshold is None
         if threshold is not None:
-            prefers = probability >= threshold
+            prefers = row.call_probability >= threshold
         elif isinstance(row.choose, Sampler):
             prefers = row.choose.draw(logits) == call
         else:
             prefers = int(logits.float().argmax()) == call
         row.mode = "tool" if row.must_call or prefers else "chat"
-        data = {"mode": row.mode, "probability": probability, "forced": row.must_call}
+        data = {"mode": row.mode, "probability": row.call_probability, "forced": row.must_call}
         row.trace.append(TraceEvent("route", data))
 
     @contextmanager
@@ -615,10 +627,29 @@ class _BatchRun:
 
     def note_calls(self, drafting: Sequence[tuple[_Row, CallWriter]]) -> None:
         """Let the head read the context, and the calls that are complete, before it drafts the next one."""
-        for row, writer in drafting:
-            if row.memory is not None and writer.cursor.calls > row.read_calls and not row.unread:
-                row.unread, row.later, row.read_calls = row.later, [], writer.cursor.calls
+        if self.model.has_draft_adapter:
+            self.adapt(drafting)
+        else:
+            for row, writer in drafting:
+                if row.memory is not None and writer.cursor.calls > row.read_calls and not row.unread:
+                    row.unread, row.later, row.read_calls = row.later, [], writer.cursor.calls
         self.teach([row for row, _ in drafting if row.unread])
+
+    def adapt(self, drafting: Sequence[tuple[_Row, CallWriter]]) -> None:
+        """Run what stands in front of a call through the base with the draft adapter, where the head has not read it.
+
+        Args:
+            drafting: rows, and what writes their calls.
+        """
+        new = [(row, writer) for row, writer in drafting if row.memory is None or writer.cursor.calls > row.read_calls]
+        if not new:
+            return
+        rows = [row for row, _ in new]
+        contexts = [row.context + writer.in_front() for row, writer in new]
+        with self.forward(rows, "adapter"):
+            features = self.model.draft_features(contexts)
+        for (row, writer), states, context in zip(new, features, contexts, strict=True):
+            row.unread, row.read_calls = [(states[row.read :], context[row.read :])], writer.cursor.calls
 
     def teach(self, rows: Sequence[_Row]) -> None:
         """Encode what the head has not read of these rows, in one batch."""

@@ -1,10 +1,12 @@
 """Noise schedules of masked diffusion: how likely a slot position is masked at time t, and how its loss is weighted.
 
-Takes times in [0, 1] (0 = clean, 1 = all masked) and slot masks; gives probabilities, weights and masked ids.
-It knows no tokens' meaning and no model. Source: MDLM (arXiv 2406.07524), section 3 and appendix on schedules.
+Takes times in [0, 1] (0 = clean, 1 = all masked) and slot masks; gives probabilities, weights and masks,
+and the noise of single examples from seeds. It knows no tokens' meaning and no model. Source: MDLM (arXiv 2406.07524),
+section 3 and appendix on schedules.
 """
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -177,3 +179,64 @@ def sample_mask(
     source = generator.device if generator is not None else slot_mask.device
     draw = torch.rand(slot_mask.shape, device=source, generator=generator).to(slot_mask.device)
     return slot_mask & (draw < schedule.mask_probability(t)[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise of single examples, the same in any batch and any process
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The fractional parts of its multiples fill the unit interval evenly, however many are taken.
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleNoise:
+    """Noise draws of one clean canvas.
+
+    Args:
+        times: float32 [samples] in [eps, 1).
+        masked: bool [samples, scaffold].
+        own: bool [samples, scaffold], unmasked slot positions that were masked at a later time of the same draw; there
+            the head's own draft stands in place of the gold token.
+    """
+
+    times: Tensor
+    masked: Tensor
+    own: Tensor
+
+
+def low_discrepancy(index: int, seed: int) -> float:
+    """An offset in [0, 1) for example number `index`: those of neighbours, and of any run of them, lie evenly apart.
+
+    Source: the additive recurrence of the golden ratio, Weyl 1916.
+    """
+    return (random.Random(seed).random() + index * _GOLDEN) % 1.0
+
+
+def example_noise(
+    slot_mask: Tensor, samples: int, schedule: NoiseSchedule, eps: float, offset: float, seed: int, own_share: float
+) -> ExampleNoise:
+    """Draw the noise of one example, stratified over its draws: each hits another one of `samples` equal parts.
+
+    Args:
+        slot_mask: bool [scaffold], the positions that may be masked.
+        samples: noise draws.
+        schedule: gives probabilities.
+        eps: smallest time.
+        offset: in [0, 1), shifts the times; see `low_discrepancy`.
+        seed: of everything else.
+        own_share: share of draws with positions that hold the head's own draft.
+
+    Returns:
+        The noise; a function of the arguments alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spread = (offset + torch.arange(samples, dtype=torch.float64) / samples) % 1.0
+    times = (eps + (1 - eps) * spread).float().clamp(eps, 1 - 2**-24)
+    level = torch.rand(samples, len(slot_mask), generator=generator)
+    masked = slot_mask & (level < schedule.mask_probability(times)[:, None])
+    drafts, later = torch.rand(2, samples, generator=generator)
+    # The same levels at a later time mask a superset, as if the draft had gone on from there.
+    later_probability = schedule.mask_probability(times + later * (1 - times))[:, None]
+    own = slot_mask & ~masked & (level < later_probability) & (drafts < own_share)[:, None]
+    return ExampleNoise(times, masked, own)

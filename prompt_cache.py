@@ -74,6 +74,7 @@ class PromptCache:
     Pass one to every `generate` or `respond`. The prompts used last are kept, within the limits. A token takes
     `2 * layers * key_value_heads * head_dim` numbers in the base's dtype, and where the head drafts, a little more than
     `2 * head_num_layers * head_hidden_size` in the head's: 0.14 MB with SmolLM3-3B in bfloat16 and the default head.
+    Of a model with a draft adapter the head's part is not kept: it comes from a pass of its own over the whole prompt.
 
     What is stored serves the same model only, and only while its weights, buffers, adapters, attention implementation
     and autocast are what they were; otherwise it is dropped, as it is after a step of any optimizer of torch. Two kinds

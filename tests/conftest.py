@@ -1,10 +1,15 @@
 """What all tests share: one thread, a fixed seed, no network."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("SMOLLM_DIFFUSION_CACHE", "")  # tests leave nothing behind
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Record files that tests write are cached by their content; the processes of a run share one folder.
+if "HF_DATASETS_CACHE" not in os.environ:
+    _records = tempfile.TemporaryDirectory(prefix="records_")
+    os.environ["HF_DATASETS_CACHE"] = _records.name
 
 import pytest
 import torch

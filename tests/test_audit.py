@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import audit
-from training.audit import RecordError, RecordFile, RecordTools, RequestIndex, closest_subset
-from training.data import DEFAULT_DATA, Record
+from training.audit import RecordTools, RequestIndex, closest_subset
+from training.data import DEFAULT_DATA
+from training.records import Record, RecordFile
 
 LONG = "Could you book me a table for four at the harbour tavern on Friday evening please"
 OTHER = "Which of my unread letters mention the broken boiler in the cellar of number nine"
@@ -139,9 +140,10 @@ def test_disjoint_sets_give_zeros(tmp_path: Path) -> None:
 
 def test_tool_names_are_compared_exactly_loosely_and_with_their_parameters(tmp_path: Path) -> None:
     train = [record("t", LONG, ("get_mail", "lock", "findRoute"))]
-    theirs = record("e", OTHER, ("get_mail", "lock", "find_route"), ("called_only",))
+    theirs = record("e", OTHER, ("get_mail", "lock", "find_route", "called_only"), ("called_only",))
     theirs["tools"][1]["function"] = {**theirs["tools"][1]["function"], "parameters": {"properties": {"door": {}}}}
-    train.append(record("t2", LONG, (), ("called_only",)))
+    earlier = [{"role": "assistant", "tool_calls": [{"name": "called_only", "arguments": {}}]}]
+    train.append(record("t2", LONG, ()) | {"messages": [*earlier, {"role": "user", "content": LONG}]})
     cell = cell_of(overlap_of(tmp_path, train, [theirs]))
     assert cell.shared_names == ["called_only", "get_mail", "lock"]
     assert (cell.names, cell.called, cell.signatures, cell.alike) == (3, 1, 1, 4)
@@ -220,50 +222,7 @@ def test_a_wrong_share_is_refused() -> None:
         audit.split([], 1.5)
 
 
-# ---- Files and commands
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("7", "text `id`"),
-        ('{"id": "a", "messages": [], "tools": {}, "calls": []}', "`tools` must be a list"),
-        ('{"id": "a", "messages": [{"content": 3}], "tools": [], "calls": []}', "`content`"),
-        ('{"id": "a", "messages": [{"tool_calls": 3}], "tools": [], "calls": []}', "`tool_calls`"),
-        ('{"id": "a", "messages": [], "tools": [{}], "calls": []}', "`function`"),
-        ('{"id": "a", "messages": [], "tools": [], "calls": [{"name": 1}]}', "text `name`"),
-    ],
-)
-def test_a_corrupt_line_is_refused_by_file_and_line_or_counted(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(f"{json.dumps(record('r', LONG))}\n\n{line}\n{json.dumps(record('s', LONG))}\n")
-    with pytest.raises(RecordError, match=message) as caught:
-        list(RecordFile(path).records())
-    assert str(caught.value).startswith(f"{path}:3: ")
-    assert "--skip-corrupt" in str(caught.value)
-    file = RecordFile(path, skip_corrupt=True)
-    assert [(number, item["id"]) for number, item in file.records()] == [(1, "r"), (4, "s")]
-    assert file.skipped == 1
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "not gzip"])
-def test_damaged_gzip_data_are_refused_even_when_lines_may_be_skipped(tmp_path: Path, damage: str) -> None:
-    path = write(tmp_path / "a.jsonl.gz", [record(str(i), f"{LONG} {i}") for i in range(50)])
-    whole = path.read_bytes()
-    middle = len(whole) // 2
-    spoilt = {"cut": whole[:middle], "changed": whole[:middle] + b"\0" * 40 + whole[middle + 40 :], "not gzip": b"abc"}
-    path.write_bytes(spoilt[damage])
-    with pytest.raises(RecordError, match=r"a\.jsonl\.gz:\d+: the gzip data"):
-        list(RecordFile(path, skip_corrupt=True).records())
-
-
-def test_a_path_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="no record file"):
-        audit.record_files([tmp_path])
-    with pytest.raises(RecordError, match="no record file"):
-        audit.record_files([tmp_path / "missing.jsonl"])
+# ---- Commands
 
 
 def test_the_overlap_command_prints_writes_and_fails_above(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

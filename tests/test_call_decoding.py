@@ -26,6 +26,7 @@ from tiny_tokenizer import tiny_vocabulary
 decoding = load_repo_module("call_decoding")
 drafting = load_repo_module("drafting")
 grammar_module = load_repo_module("reply_grammar")
+layout_module = load_repo_module("scaffold_layout")
 scaffold_module = load_repo_module("schema_scaffold")
 CallWriter, GenerationStats, Sampler = decoding.CallWriter, decoding.GenerationStats, decoding.Sampler
 choose_best, parse_calls = decoding.choose_best, decoding.parse_calls
@@ -657,6 +658,61 @@ def test_stats_say_what_became_of_the_first_draft() -> None:
         assert (writer.stats.calls, writer.stats.drafted_slots, writer.stats.accepted_slots) == (1, 2, accepted)
         assert {"draft", "verify"} <= set(writer.stats.seconds)
     assert ar.stats.drafted_slots == ar.stats.accepted_slots == 0
+
+
+def test_stats_say_of_each_slot_what_it_was_drafted_as_and_what_it_became() -> None:
+    pair = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 1, "maxItems": 2}
+    properties = {
+        "sure": {"type": "boolean"},
+        "either": {"anyOf": [{"type": "boolean"}, {**pair, "minItems": 2}]},
+        "list": pair,
+        "free": {"enum": [3, 4]},
+    }
+    grammar = grammar_of(
+        {"type": "object", "properties": properties, "required": ["sure", "either", "list"]}, max_call_tokens=200
+    )
+    writer, _ = reference(grammar, base_of(3))
+    final = parse_calls(VOCABULARY, writer.reply)[0]["arguments"]
+    either = [1, 1] if isinstance(final["either"], bool) else True
+    writer.drafted = {0: {"sure": not final["sure"], "either": either, "list": [1, 2]}}
+    writer.stats = GenerationStats()
+    writer.count_slots()
+    found = {(slot.path, slot.kind): slot for slot in writer.stats.slots}
+    sure = found["/sure", "boolean"]
+    assert (sure.drafted, sure.final) == (json.dumps(not final["sure"]), json.dumps(final["sure"]))
+    branch = found["/either", "branch"]
+    assert branch.drafted != branch.final is not None
+    others = [slot for (path, kind), slot in found.items() if path.startswith("/either") and kind != "branch"]
+    assert others, "the slots of the branch that was drafted"
+    assert all(slot.final is None for slot in others), "the call went another way"
+    assert found["/list", "length"].drafted == "2"
+    assert found["/list", "length"].accepted == (len(final["list"]) == 2)
+    assert found["/list/0", "enum"].accepted == (final["list"][0] == 1)
+    assert found["/free", "presence"].accepted == ("free" not in final)
+    assert ("/free", "enum") not in found, "what the draft leaves out is no slot of it"
+    values = [slot for slot in writer.stats.slots if slot.kind in ("boolean", "enum")]
+    assert writer.stats.drafted_slots == len(values) == 3 + len(others)
+    assert writer.stats.accepted_slots == sum(slot.accepted for slot in values) < len(values)
+    assert branch.kind in decoding.STRUCTURE_KINDS
+
+
+@pytest.mark.parametrize(
+    ("schema", "kind"),
+    [
+        ({"type": "string"}, "string"),
+        ({"type": "string", "format": "date"}, "string"),
+        ({"type": "integer"}, "integer"),
+        ({"type": "number"}, "number"),
+        ({"type": "boolean"}, "boolean"),
+        ({"const": True}, "boolean"),
+        ({"enum": ["true", "false"]}, "enum"),
+        ({"enum": [1, True, None]}, "enum"),
+    ],
+)
+def test_the_kind_of_a_slot_is_what_it_holds(schema: dict[str, Any], kind: str) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    layout = layout_module.draft_layout(scaffold_module.compile_scaffold(schemas.tool(parameters, "act")), 1)
+    assert [decoding.slot_kind(slot) for slot in layout.slots] == [kind]
 
 
 def test_values_that_are_cut_are_reported(caplog: pytest.LogCaptureFixture) -> None:

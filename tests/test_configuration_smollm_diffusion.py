@@ -65,6 +65,7 @@ def test_saved_config_equals_loaded_config(base: str, tmp_path: Path) -> None:
         null_loss_weight=0,
         null_prediction_penalty=2.5,
         label_smoothing=0.2,
+        decision_head=True,
         base_model_name_or_path="some/base",
         base_revision="abc",
         head_only_checkpoint=True,
@@ -174,6 +175,7 @@ def test_impossible_values_are_refused_by_name(fields: dict[str, Any], named: st
         ({"feature_layers": ["1"]}, "feature_layers"),
         ({"feature_layers": [1.0]}, "feature_layers"),
         ({"head_only_checkpoint": "yes"}, "head_only_checkpoint"),
+        ({"decision_head": 1}, "decision_head"),
     ],
 )
 def test_wrong_types_are_refused_by_name(fields: dict[str, Any], named: str) -> None:

@@ -1,19 +1,23 @@
 """Training of the head: what an example is, that lengths do not leak, that the base stays and the loss falls."""
 
 import hashlib
+import inspect
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
+from tiny_models import tiny_config
 from tiny_tokenizer import tiny_tokenizer, tiny_vocabulary
 from training import head as head_training
 from training.data import Row, SingleCall
-from training.head import HeadRun, collate_examples, head_example, train_head
+from training.head import HeadCollator, HeadRun, head_example, kind_tokens, train_head
 
 SCHEMA = {
     "type": "object",
@@ -25,6 +29,22 @@ SCHEMA = {
     },
     "required": ["city"],
 }
+
+
+def base_config() -> SmolLM3Config:
+    """A base as narrow as can be for the tiny tokenizer."""
+    tokenizer = tiny_tokenizer()
+    return SmolLM3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 class Ids:
@@ -78,81 +98,241 @@ def test_what_the_scaffold_does_not_support_is_left_out() -> None:
     assert example({"city": 3}) is None
 
 
+def test_kinds_allow_what_their_slots_can_hold() -> None:
+    allowed, size = kind_tokens(tiny_vocabulary()), tiny_vocabulary().size
+    (digit,), (letter,), (line,), (quote,) = (tiny_vocabulary().encode(text) for text in ("3", "z", "\n", '"'))
+    special = [tiny_vocabulary().call_end, tiny_vocabulary().im_end]
+    shown = dict(zip(head_training.SLOT_KINDS, allowed, strict=True))
+    assert all(row[size + 1] and not row[size] for row in shown.values())  # NULL ends every kind, MASK is no token
+    assert shown["any"][:size].all()
+    assert shown["string"][[digit, letter, line, quote]].all()  # raw text, which is escaped later
+    assert not shown["string"][special].any()
+    for kind in ("integer", "number"):
+        assert shown[kind][digit]
+        assert not shown[kind][[letter, line, quote]].any()
+    made = example({"city": "New York", "days": 3})
+    held = (
+        shown["string"][made.scaffold_ids[made.slot_kinds == 1]],
+        shown["integer"][made.scaffold_ids[made.slot_kinds == 2]],
+    )
+    assert all(len(part) and part.all() for part in held)
+
+
+CONFIG = tiny_config(loss_weighting="none")
+
+
+def wide_model(**fields: Any) -> Any:
+    """A random model with the ids of the examples above."""
+    text_config = base_config()
+    text_config.vocab_size = tiny_vocabulary().size
+    sizes = {"head_hidden_size": 32, "head_num_layers": 1, "head_num_heads": 2}
+    config = head_training.modeling.SmolLMDiffusionConfig(text_config=text_config, **sizes, **fields)
+    return head_training.modeling.SmolLMDiffusionForCausalLM(config).eval()
+
+
 def test_a_batch_has_what_the_models_forward_takes() -> None:
-    batch = collate_examples([example({"city": "a"}), example({"city": "a"}, seed=3)], pad_id=0, noise_samples=2)
+    collate = HeadCollator(CONFIG, pad_id=0, noise_samples=2, own_draft_share=1.0, kinds=kind_tokens(tiny_vocabulary()))
+    batch = collate([example({"city": "a"}), example({"city": "a"}, seed=3)])
+    taken = set(inspect.signature(head_training.modeling.SmolLMDiffusionForCausalLM.forward).parameters)
+    assert batch.keys() <= taken
     shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     assert shapes["input_ids"] == shapes["attention_mask"] == (2, 3)
-    assert (
-        len({shapes[name] for name in ("scaffold_ids", "scaffold_mask", "slot_mask", "loss_weights", "field_ids")}) == 1
-    )
+    of_scaffold = ("scaffold_ids", "scaffold_mask", "slot_mask", "loss_weights", "field_ids", "slot_kinds")
+    assert len({shapes[name] for name in of_scaffold}) == 1
+    assert shapes["noise_mask"] == shapes["own_mask"] == (4, shapes["scaffold_ids"][1])
     assert not batch["slot_mask"][~batch["scaffold_mask"]].any()
     assert (batch["field_ids"][~batch["slot_mask"]] == -1).all()
 
 
-class StepClock(head_training._Clock):
-    """Counts steps instead of time, so that a busy machine trains as much as an idle one."""
+def test_the_noise_of_an_example_does_not_depend_on_its_batch() -> None:
+    collate = HeadCollator(CONFIG, pad_id=0, noise_samples=3, own_draft_share=0.5)
+    first, second = example({"city": "a"}), example({"city": "a", "days": 3}, seed=3)
+    alone, together = collate([first]), collate([first, second])
+    width = len(first.scaffold_ids)
+    for name in ("noise_mask", "own_mask"):
+        assert torch.equal(together[name][:3, :width], alone[name])
+    assert torch.equal(together["noise_times"][:3], alone["noise_times"])
 
-    steps = 0
 
-    @property
-    def progress(self) -> float:
-        return self.steps / 120
+def test_another_pass_over_a_record_draws_other_budgets_and_other_noise() -> None:
+    rng = random.Random(0)
+    call = SingleCall([5, 6, 7], SCHEMA, "get_weather", {"city": "New York"})
+    made = (head_example(call, tiny_vocabulary(), Ids, rng) for _ in range(12))
+    passes = [one for one in made if one is not None]
+    assert len(passes) == 12
+    assert len({len(made.scaffold_ids) for made in passes}) > 3
+    assert len({made.seed for made in passes}) == 12
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> Any:
-        self.steps += 1
-        return super().on_step_end(*args, **kwargs)
+
+def test_the_collated_normaliser_is_what_the_loss_would_divide_by_itself() -> None:
+    for weighting in ("none", "count", "schedule"):
+        model = wide_model(loss_weighting=weighting)
+        examples = [example({"city": "a"}), example({"city": "New York"}, seed=3)]
+        batch = HeadCollator(model.config, 0, noise_samples=2)(examples)
+        assert torch.equal(model(**batch).loss, model(**{**batch, "loss_normaliser": None}).loss)
+
+
+def test_examples_with_and_without_a_teacher_share_a_batch() -> None:
+    taught, plain = example({"city": "a"}), example({"city": "a", "days": 3}, seed=3)
+    count = len(taught.scaffold_ids)
+    taught = replace(taught, soft_ids=torch.ones(count, 2, dtype=torch.long), soft_probs=torch.full((count, 2), 0.5))
+    batch = HeadCollator(CONFIG, 0, noise_samples=1)([taught, plain])
+    assert batch["soft_ids"].shape == (*batch["scaffold_ids"].shape, 2)
+    assert (batch["soft_probs"][0, :count] == 0.5).all()
+    assert (batch["soft_probs"][1] == 0).all()
+    assert "soft_ids" not in HeadCollator(CONFIG, 0, noise_samples=1)([plain])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"own_draft_share": 1.5}, "own_draft_share"),
+        ({"noise_samples": 0}, "noise_samples"),
+        ({"null_loss_weight": 0.0}, "null_loss_weight"),
+    ],
+)
+def test_options_out_of_range_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadRun(tmp_path, **change)
 
 
 def weights_hash(module: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
 
 
-def test_a_run_trains_the_head_and_leaves_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class OneRow:
+    """Stands in for the stream of rows: the same request every time."""
+
+    row: Row
+    skipped: dict[str, int] = {}
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def draw(self, style: Any, rng: random.Random) -> Row:
+        return self.row
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmolLM3ForCausalLM:
+    """A random base saved under `base`, and one request to train and to evaluate on."""
     tokenizer = tiny_tokenizer()
-    config = SmolLM3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    base = SmolLM3ForCausalLM(config)
+    base = SmolLM3ForCausalLM(base_config())
     base.save_pretrained(tmp_path / "base")
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
     prompt = list(tiny_vocabulary().encode("weather in New York"))
     call = {"name": "get_weather", "arguments": {"city": "New York"}}
     row = Row("r", "tiny", prompt, [], [tool], [call], [])
-
-    class OneRow:
-        skipped: dict[str, int] = {}
-
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-
-        def draw(self, style: Any) -> Row:
-            return row
-
+    monkeypatch.setattr(OneRow, "row", row, raising=False)
     monkeypatch.setattr(head_training, "RowStream", OneRow)
-    monkeypatch.setattr(head_training, "_Clock", StepClock)
-    run = HeadRun(
-        output=tmp_path / "out",
-        base=str(tmp_path / "base"),
-        rows_per_batch=4,
-        noise_samples=2,
-        head_hidden_size=32,
-        head_num_layers=1,
-        head_num_heads=2,
-        field_mask="block_causal",
-        threads=1,
-    )
-    model = train_head(run, tokenizer)
+    monkeypatch.setattr(head_training, "evaluation_sets", lambda *_: {"seen": [row, row], "unseen": [row]})
+    assert tokenizer.pad_token_id is not None
+    return base
+
+
+def options(tmp_path: Path, **change: Any) -> HeadRun:
+    fields = {
+        "output": tmp_path / "out",
+        "base": str(tmp_path / "base"),
+        "rows_per_batch": 4,
+        "noise_samples": 2,
+        "head_hidden_size": 32,
+        "head_num_layers": 1,
+        "head_num_heads": 2,
+        "max_steps": 100,
+        "logging_steps": 10,
+        "eval_steps": 50,
+        "save_steps": 50,
+        "threads": 1,
+    }
+    return HeadRun(**{**fields, **change})
+
+
+def history(run: HeadRun) -> list[dict[str, float]]:
+    return json.loads((run.output / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_run_trains_the_head_and_leaves_the_base(tmp_path: Path, base: Any) -> None:
+    run = options(tmp_path, field_mask="block_causal", acceptance_rows=1)
+    model = train_head(run, tiny_tokenizer())
     assert weights_hash(model.base.float()) == weights_hash(base.bfloat16().float())
-    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["diffusion_loss"] for entry in history]
+    losses = [entry["diffusion_loss"] for entry in history(run) if "diffusion_loss" in entry]
     assert losses[-1] < losses[0] * 0.7
     loaded = head_training.modeling.SmolLMDiffusionForCausalLM.from_pretrained(tmp_path / "out" / "final")
     assert loaded.generation_config.decoding == "verified"
     assert loaded.config.field_mask == "block_causal"
+
+    first, last = (entry for entry in history(run) if "eval_loss" in entry)
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last["eval_seen_slots_right_string"] == 1  # what is learned by heart is drafted in one step
+    assert last["eval_calls_right"] == 1
+    for name in ("seen_acceptance", "unseen_acceptance", "seen_slots_right_presence", "seen_calibration_error"):
+        assert 0 <= last[f"eval_{name}"] <= 1
+    assert last["eval_seen_base_forwards"] >= 1
+
+
+def test_every_part_of_the_objective_trains(tmp_path: Path, base: Any) -> None:
+    run = options(
+        tmp_path,
+        max_steps=2,
+        eval_steps=2,
+        save_steps=2,
+        loss_weighting="schedule",
+        constraint_loss_weight=0.5,
+        label_smoothing=0.1,
+        null_prediction_penalty=0.3,
+        own_draft_share=0.5,
+        acceptance_rows=0,
+    )
+    model = train_head(run, tiny_tokenizer())
+    assert model.config.constraint_loss_weight == 0.5
+    assert model.config.loss_weighting == "schedule"
+    measured = next(entry for entry in history(run) if "eval_loss" in entry)
+    assert measured["eval_seen_constraint_loss"] > 0
+    assert "eval_acceptance" not in measured
+
+
+def test_a_head_alone_is_saved_when_asked(tmp_path: Path, base: Any) -> None:
+    train_head(options(tmp_path, max_steps=1, acceptance_rows=0, head_only=True), tiny_tokenizer())
+    names = load_file(tmp_path / "out" / "final" / "model.safetensors").keys()
+    assert all(name.startswith("diffusion_head.") for name in names)
+    assert head_training.modeling.SmolLMDiffusionForCausalLM.from_pretrained(tmp_path / "out" / "final")
+
+
+def test_a_run_can_read_features_from_the_disk(
+    tmp_path: Path, base: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "training.head")
+    monkeypatch.setattr(head_training, "evaluation_sets", lambda *_: {})
+    run = options(tmp_path, max_steps=2, feature_cache=tmp_path / "features", cached_prompts=2)
+    train_head(run, tiny_tokenizer())
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 1
+    assert "pays after" in caplog.text
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_training, "evaluation_sets", lambda *_: {})
+    short = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "own_draft_share": 0.5, "rows_per_batch": 2}
+    whole = train_head(options(tmp_path, **short), tiny_tokenizer())
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise Stopped
+        return step(self, *args, **kwargs)
+
+    trainer = head_training.StageTrainer
+    step = trainer.training_step
+    monkeypatch.setattr(trainer, "training_step", stop)
+    with pytest.raises(Stopped):
+        train_head(options(tmp_path, **short, output=tmp_path / "cut"), tiny_tokenizer())
+    monkeypatch.setattr(trainer, "training_step", step)
+    assert not (tmp_path / "cut" / "final").exists()
+    resumed = train_head(options(tmp_path, **short, output=tmp_path / "cut"), tiny_tokenizer())
+    assert weights_hash(resumed.float()) == weights_hash(whole.float())
+
+
+def test_a_run_without_a_base_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--base"):
+        train_head(options(tmp_path, base=""), tiny_tokenizer())

@@ -73,11 +73,16 @@ PROVEN = {
         "test_verify_equals_the_base_on_a_dynamic_cache",
         "test_a_head_step_equals_draft_log_probs",
     ),
-    "resumed equals uninterrupted": ("test_a_run_saves_a_loadable_base_and_resumes",),
+    "resumed equals uninterrupted": (
+        "test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit",
+        "test_two_processes_equal_one_with_the_same_global_batch",
+    ),
     "training leaves the base": (
         "test_training_changes_the_head_and_never_the_base",
         "test_a_run_trains_the_head_and_leaves_the_base",
         "test_head_only_checkpoint_holds_the_head_and_loads_the_base",
+        "test_a_checkpoint_holds_only_what_is_trained",
+        "test_outside_of_a_draft_pass_the_base_is_itself_bit_for_bit",
     ),
     "a wrong draft costs a bounded number of forwards": (
         "test_verified_equals_ar_in_five_hundred_cases",

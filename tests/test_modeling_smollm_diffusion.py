@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from repo_package import load_repo_module
 from tiny_models import BASES, VOCAB, SmolLMDiffusionForCausalLM, random_ids, tiny_config, tiny_model, training_batch
 
 modeling = load_repo_module("modeling_smollm_diffusion")
 noise = load_repo_module("noise_schedule")
+loss_parts = load_repo_module("denoising_loss")
 
 
 def noise_seed(seed: int = 0) -> torch.Generator:
@@ -94,14 +94,14 @@ def test_a_few_steps_learn_one_example() -> None:
 def captured_loss(model: Any, batch: dict[str, Tensor], **kwargs: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
     """One training forward, and what went into the loss: log-probabilities, the masked positions and the times."""
     seen: dict[str, Any] = {}
-    original = type(model)._score
+    original = modeling.score
 
-    def spy(self: Any, log_probs: Tensor, targets: Tensor, scale: Tensor) -> Any:
+    def spy(config: Any, log_probs: Tensor, targets: Any) -> Any:
         seen["log_probs"] = log_probs
-        return original(self, log_probs, targets, scale)
+        return original(config, log_probs, targets)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "_score", spy)
+        patch.setattr(modeling, "score", spy)
         output = model(**batch, noise_generator=noise_seed(3), **kwargs)
     generator = noise_seed(3)
     slots = batch["slot_mask"].bool() & batch["scaffold_mask"].bool()
@@ -144,19 +144,6 @@ def test_the_loss_is_the_documented_sum(weighting: str, schedule: str) -> None:
     assert output.loss.item() == pytest.approx(total / normaliser, rel=1e-4)
     assert output.diffusion_loss.item() == pytest.approx(plain / normaliser, rel=1e-4)
     assert output.masked_slots == masked.sum()
-
-
-def test_metrics_are_detached_and_count_what_they_say() -> None:
-    model = tiny_model()
-    null = model.config.null_token_id
-    log_probs = torch.full((4, VOCAB + 2), -9.0).requires_grad_()
-    predicted = torch.tensor([5, null, null, 7])
-    log_probs_best = log_probs + 8.0 * F.one_hot(predicted, VOCAB + 2)
-    output = model._score(log_probs_best, torch.tensor([5, 6, null, null]), torch.full((4,), 0.25))
-    assert output.real_token_accuracy == 0.5
-    assert output.null_accuracy == 0.5
-    assert output.null_prediction_rate == 0.5
-    assert all(not value.requires_grad for name, value in output.items() if name != "loss")
 
 
 def test_the_output_can_be_a_tuple() -> None:
@@ -222,6 +209,145 @@ def test_cached_features_equal_fresh_ones() -> None:
     features = model.prompt_features_of(states.hidden_states)
     fresh = model(**batch, noise_generator=noise_seed()).loss
     assert torch.equal(model(**batch, prompt_features=features, noise_generator=noise_seed()).loss, fresh)
+
+
+def given_noise(model: Any, batch: dict[str, Tensor], samples: int, own_share: float = 0.0) -> dict[str, Any]:
+    """The keyword arguments of noise that is drawn outside of the model, example by example."""
+    schedule = noise.build_schedule(model.config.noise_schedule, model.config.noise_eps)
+    slots = batch["slot_mask"].bool() & batch["scaffold_mask"].bool()
+    drawn = [
+        noise.example_noise(row, samples, schedule, model.config.noise_eps, 0.3 * index, index, own_share)
+        for index, row in enumerate(slots)
+    ]
+    return {
+        "noise_samples": samples,
+        "noise_times": torch.cat([one.times for one in drawn]),
+        "noise_mask": torch.cat([one.masked for one in drawn]),
+        "own_mask": torch.cat([one.own for one in drawn]),
+    }
+
+
+def test_noise_drawn_outside_is_the_noise_of_the_loss() -> None:
+    model = tiny_model(loss_weighting="schedule")
+    batch = training_batch(model.config)
+    generator = noise_seed(3)
+    slots = batch["slot_mask"].bool() & batch["scaffold_mask"].bool()
+    times = noise.sample_times(len(slots), model.config.noise_eps, generator=generator)
+    masked = noise.sample_mask(slots, times, noise.LogLinear(model.config.noise_eps), generator)
+    inside = model(**batch, noise_generator=noise_seed(3))
+    outside = model(**batch, noise_times=times, noise_mask=masked)
+    assert torch.equal(inside.loss, outside.loss)
+
+
+@pytest.mark.parametrize("weighting", ["schedule", "count", "none"])
+def test_parts_of_a_batch_with_its_normaliser_add_up_to_the_batch(weighting: str) -> None:
+    model = tiny_model(loss_weighting=weighting, null_prediction_penalty=0.5)
+    batch = training_batch(model.config, rows=4)
+    drawn = given_noise(model, batch, samples=2)
+    whole = model(**batch, **drawn)
+    total = whole.sums["weight"]
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        draws = slice(2 * rows.start, 2 * rows.stop)
+        noisy = {name: drawn[name][draws] for name in ("noise_times", "noise_mask", "own_mask")}
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        parts.append(model(**part, **noisy, noise_samples=2, loss_normaliser=total))
+    assert torch.allclose(parts[0].loss + parts[1].loss, whole.loss, rtol=1e-5)
+    added = loss_parts.add_sums(parts[0].sums, parts[1].sums)
+    assert added.keys() == whole.sums.keys()
+    for name, value in whole.sums.items():
+        assert torch.allclose(added[name], value, rtol=1e-4), name
+    assert loss_parts.summary(added)["loss"] == pytest.approx(whole.loss.item(), rel=1e-4)
+
+
+def test_the_heads_own_draft_is_context_and_only_that() -> None:
+    torch.manual_seed(0)
+    model = tiny_model(loss_weighting="none")
+    batch = training_batch(model.config)
+    drawn = given_noise(model, batch, samples=3, own_share=1.0)
+    assert drawn["own_mask"].any()
+    seen: list[Tensor] = []
+    model.diffusion_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with_own = model(**batch, **drawn)
+    earlier, noisy = seen
+    rows = torch.arange(3).repeat_interleave(3)
+    gold, mask_id = batch["scaffold_ids"][rows], model.config.mask_token_id
+    asked = drawn["own_mask"].any(-1)
+    assert (earlier[drawn["own_mask"][asked]] == mask_id).all()
+    assert torch.equal(noisy == mask_id, drawn["noise_mask"])
+    elsewhere = ~drawn["own_mask"] & ~drawn["noise_mask"]
+    assert torch.equal(noisy[elsewhere], gold[elsewhere])
+    # An untrained head is hardly ever right, so its own tokens differ from the gold ones.
+    assert (noisy != gold)[drawn["own_mask"]].float().mean() > 0.5
+    plain = model(**batch, **{**drawn, "own_mask": None})
+    assert with_own.masked_slots == plain.masked_slots
+    assert with_own.loss != plain.loss
+    assert float(with_own.sums["own_positions"]) == int(drawn["own_mask"].sum())
+    assert float(plain.sums["own_positions"]) == 0
+
+
+def test_own_drafts_of_a_row_do_not_depend_on_the_batch() -> None:
+    model = tiny_model(loss_weighting="none")
+    batch = training_batch(model.config)
+    drawn = given_noise(model, batch, samples=2, own_share=1.0)
+    whole = model(**batch, **drawn)
+    losses = []
+    for row in range(3):
+        noisy = {name: drawn[name][2 * row : 2 * row + 2] for name in ("noise_times", "noise_mask", "own_mask")}
+        part = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        losses.append(model(**part, **noisy, noise_samples=2, loss_normaliser=whole.sums["weight"]).loss)
+    assert torch.allclose(torch.stack(losses).sum(), whole.loss, rtol=1e-4)
+
+
+def test_the_constraint_loss_asks_for_kinds_and_teaches_them() -> None:
+    # With such a weight next to nothing but the constraint is taught.
+    model = tiny_model(label_smoothing=0.0, loss_weighting="none", constraint_loss_weight=100.0).train()
+    batch = training_batch(model.config, rows=2)
+    with pytest.raises(ValueError, match="slot_kinds"):
+        model(**batch)
+    allowed = torch.zeros(2, VOCAB + 2, dtype=torch.bool)
+    allowed[0] = True
+    allowed[1, 100:200] = True
+    kinds = {"slot_kinds": batch["slot_mask"], "kind_tokens": allowed}
+    first = model(**batch, **kinds, noise_samples=4, noise_generator=noise_seed()).constraint_loss
+    optimizer = torch.optim.AdamW(model.diffusion_head.parameters(), lr=4e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(**batch, **kinds, noise_samples=4).loss.backward()
+        optimizer.step()
+    assert model(**batch, **kinds, noise_samples=4, noise_generator=noise_seed()).constraint_loss < 0.7 * first
+    free = {**kinds, "slot_kinds": torch.zeros_like(batch["slot_mask"])}
+    assert model(**batch, **free, noise_generator=noise_seed()).constraint_loss.abs() < 1e-5
+
+
+def test_a_teacher_that_is_sure_of_the_gold_token_changes_nothing() -> None:
+    model = tiny_model(distill_weight=0.7)
+    batch = training_batch(model.config)
+    ids = batch["scaffold_ids"][..., None].repeat(1, 1, 2)
+    sure = torch.tensor([1.0, 0.0]).expand(*batch["scaffold_ids"].shape, 2)
+    plain = model(**batch, noise_generator=noise_seed()).loss
+    taught = model(**batch, soft_ids=ids, soft_probs=sure, noise_generator=noise_seed()).loss
+    assert torch.allclose(taught, plain, rtol=1e-5)
+    silent = model(**batch, soft_ids=ids, soft_probs=torch.zeros_like(sure), noise_generator=noise_seed()).loss
+    assert torch.equal(silent, plain)
+    other = model(**batch, soft_ids=ids * 0 + 9, soft_probs=sure, noise_generator=noise_seed()).loss
+    assert not torch.allclose(other, plain, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_times": torch.rand(3)}, "belong together"),
+        ({"noise_times": torch.rand(2), "noise_mask": torch.ones(3, 16, dtype=torch.bool)}, r"\[3\]"),
+        ({"noise_times": torch.rand(3), "noise_mask": torch.ones(3, 9, dtype=torch.bool)}, "noise masks"),
+        ({"own_mask": torch.ones(3, 16, dtype=torch.bool)}, "belong together"),
+        ({"soft_ids": torch.zeros(3, 16, 2, dtype=torch.long)}, "soft_probs"),
+    ],
+)
+def test_noise_and_targets_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        model(**training_batch(model.config), **change)
 
 
 @pytest.mark.parametrize("base", BASES)

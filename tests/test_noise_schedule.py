@@ -89,3 +89,40 @@ def test_a_generator_makes_noise_repeatable() -> None:
         noise.sample_mask(slots, times, noise.Cosine(), torch.Generator().manual_seed(5)) for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+@given(samples=st.integers(1, 12), offset=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_the_draws_of_an_example_hit_every_part_of_the_interval_once(samples: int, offset: float, seed: int) -> None:
+    slots = torch.arange(20) % 3 > 0
+    drawn = noise.example_noise(slots, samples, noise.LogLinear(), 1e-3, offset, seed, 1.0)
+    spread = (drawn.times.double() - 1e-3) / (1 - 1e-3)
+    gaps = spread.sort().values.diff(append=spread.min()[None] + 1)
+    assert torch.allclose(gaps, torch.full_like(gaps, 1 / samples), atol=1e-5)
+    assert (drawn.times >= 1e-3).all()
+    assert (drawn.times < 1).all()
+    assert not (drawn.masked & ~slots).any()
+    assert not (drawn.own & (drawn.masked | ~slots)).any()
+
+
+def test_offsets_of_neighbouring_examples_spread_over_the_interval() -> None:
+    for start in (0, 1000):
+        offsets = sorted(noise.low_discrepancy(start + index, seed=3) for index in range(34))
+        gaps = [after - before for before, after in zip(offsets, [*offsets[1:], offsets[0] + 1], strict=True)]
+        assert max(gaps) < 2.7 / 34  # independent draws leave gaps of about 4 / 34 and more
+    assert noise.low_discrepancy(5, 1) != noise.low_discrepancy(5, 2)
+
+
+def test_own_drafts_stand_in_the_asked_share_of_draws() -> None:
+    slots = torch.ones(400, dtype=torch.bool)
+    own = torch.cat([noise.example_noise(slots, 4, noise.LogLinear(), 1e-3, 0.1, seed, 0.3).own for seed in range(200)])
+    assert 0.25 < own.any(-1).float().mean() < 0.35
+    assert not noise.example_noise(slots, 4, noise.LogLinear(), 1e-3, 0.1, 0, 0.0).own.any()
+
+
+def test_the_noise_of_an_example_is_a_function_of_its_seed() -> None:
+    slots = torch.ones(60, dtype=torch.bool)
+    first, again, other = (noise.example_noise(slots, 3, noise.Cosine(), 1e-3, 0.2, seed, 0.5) for seed in (7, 7, 8))
+    assert torch.equal(first.masked, again.masked)
+    assert torch.equal(first.own, again.own)
+    assert not torch.equal(first.masked, other.masked)

@@ -13,9 +13,8 @@ import random
 import re
 import sys
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -24,10 +23,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from training.data import DEFAULT_DATA, Record
+from .data import DEFAULT_DATA
+from .records import Record, RecordError, RecordFile, bare_call, record_files
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
-"""Names of record files end like this."""
 DEFAULT_TRAIN = [DEFAULT_DATA / "train", DEFAULT_DATA / "text"]
 DEFAULT_EVALUATION = [DEFAULT_DATA / "dev", DEFAULT_DATA / "bfcl_open" / "normalised"]
 
@@ -35,108 +33,7 @@ _WORD = re.compile(r"[^\W_]+")
 _APOSTROPHES = str.maketrans("", "", "'’ʼ")
 
 
-class RecordError(ValueError):
-    """A file or a line that is not in the record form."""
-
-
-# ---- Reading
-
-
-@dataclass
-class RecordFile:
-    """One file of records.
-
-    Args:
-        path: where it is.
-        skip_corrupt: pass over lines that are not records, and count them; otherwise they are refused.
-        skipped: how many lines the last reading passed over.
-    """
-
-    path: Path
-    skip_corrupt: bool = False
-    skipped: int = 0
-
-    @property
-    def label(self) -> str:
-        """Folder and name without suffix, such as `train/snips`."""
-        return f"{self.path.parent.name}/{self.path.name.removesuffix('.gz').removesuffix('.jsonl')}"
-
-    def records(self) -> Iterator[tuple[int, Record]]:
-        """Read the records with their line numbers, from 1.
-
-        Raises:
-            RecordError: a line is not a record, or the compressed data end early or are damaged.
-        """
-        self.skipped = 0
-        number = 0
-        try:
-            with gzip.open(self.path) if self.path.name.endswith(".gz") else self.path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if not line.strip():
-                        continue
-                    try:
-                        record = checked(line)
-                    except ValueError as error:
-                        if self.skip_corrupt:
-                            self.skipped += 1
-                            continue
-                        advice = "mend or remove the line, or pass --skip-corrupt to count such lines and go on"
-                        raise RecordError(f"{self.path}:{number}: {error}; {advice}") from None
-                    yield number, record
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise RecordError(
-                f"{self.path}:{number + 1}: the gzip data cannot be read on ({error}); copy the file again"
-            ) from error
-
-
-def checked(line: bytes) -> Record:
-    """Parse one line and check the parts that an audit reads.
-
-    Raises:
-        ValueError: it is not JSON or lacks a part of a record; says which.
-    """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-        raise ValueError("not a record: an object with a text `id` is needed")
-    for part in ("messages", "tools", "calls"):
-        items = record.get(part)
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ValueError(f"`{part}` must be a list of objects")
-    for message in record["messages"]:
-        if not isinstance(message.get("content"), str | None):
-            raise ValueError("the `content` of a message must be text or null")
-        earlier = message.get("tool_calls") or []
-        if not isinstance(earlier, list) or not all(isinstance(call, dict) for call in earlier):
-            raise ValueError("the `tool_calls` of a message must be a list of objects")
-    for tool in record["tools"]:
-        if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
-            raise ValueError("each of `tools` needs a `function` with a text `name`")
-    if not all(isinstance(name, str) for name in called_names(record)):
-        raise ValueError("each call needs a text `name`")
-    return record
-
-
-def record_files(paths: Sequence[Path], skip_corrupt: bool = False) -> list[RecordFile]:
-    """The record files among and below the paths, without repetition.
-
-    Args:
-        paths: files, or folders that are searched with all they contain.
-        skip_corrupt: see `RecordFile`.
-
-    Raises:
-        RecordError: a path does not exist, is no record file, or a folder holds none.
-    """
-    found: dict[Path, RecordFile] = {}
-    for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files = [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)]
-        if not files:
-            raise RecordError(f"{path}: no record file here; name .jsonl or .jsonl.gz files, or a folder with some")
-        found.update((file.resolve(), RecordFile(file, skip_corrupt)) for file in files)
-    return list(found.values())
+# ---- What a record says
 
 
 def user_texts(record: Record) -> list[str]:
@@ -144,11 +41,10 @@ def user_texts(record: Record) -> list[str]:
     return [message["content"] or "" for message in record["messages"] if message.get("role") == "user"]
 
 
-def called_names(record: Record) -> list[Any]:
+def called_names(record: Record) -> list[str]:
     """Names of the functions that are called: expected, or earlier in the conversation."""
-    earlier = [call for message in record["messages"] for call in message.get("tool_calls") or []]
-    wrapped = [call["function"] if isinstance(call.get("function"), dict) else call for call in earlier]
-    return [call.get("name") for call in [*record["calls"], *wrapped]]
+    earlier = [bare_call(call) for message in record["messages"] for call in message.get("tool_calls") or []]
+    return [call["name"] for call in [*record["calls"], *earlier]]
 
 
 def shown_names(record: Record) -> list[str]:
@@ -621,7 +517,9 @@ def _parser() -> argparse.ArgumentParser:
     style = argparse.ArgumentDefaultsHelpFormatter
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--train", type=Path, nargs="+", default=DEFAULT_TRAIN, help="record files or folders of them")
-    common.add_argument("--skip-corrupt", action="store_true", help="count lines that are no records, and go on")
+    common.add_argument(
+        "--on-error", choices=["refuse", "skip"], default="refuse", help="for lines that are no records"
+    )
     one = commands.add_parser("overlap", parents=[common], formatter_class=style, help="what training files share")
     one.add_argument("--evaluation", type=Path, nargs="+", default=DEFAULT_EVALUATION, help="record files or folders")
     one.add_argument("--ngram", type=int, default=RequestIndex.ngram, help="words of an n-gram")
@@ -643,8 +541,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_overlap(options: argparse.Namespace) -> int:
     index = RequestIndex(options.ngram, options.threshold, options.min_words)
-    train = record_files(options.train, options.skip_corrupt)
-    result = overlap(train, record_files(options.evaluation, options.skip_corrupt), index, options.examples)
+    train = record_files(options.train, options.on_error == "skip")
+    result = overlap(train, record_files(options.evaluation, options.on_error == "skip"), index, options.examples)
     print("\n".join(overlap_table(result)))
     if options.out:
         cells = [
@@ -678,7 +576,7 @@ def overlap_table(result: Overlap) -> list[str]:
 
 
 def _run_split(options: argparse.Namespace) -> int:
-    files = record_files(options.train, options.skip_corrupt)
+    files = record_files(options.train, options.on_error == "skip")
     _check_labels(files)
     targets = _targets(files, options.out) if options.out else []
     tools: list[RecordTools] = []

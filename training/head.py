@@ -1,38 +1,32 @@
-"""Training of the diffusion head on a frozen base, with the HF `Trainer`.
+"""Training of the diffusion head on a frozen base.
 
-Takes rows of `training.data` that are one call each; gives a self-contained checkpoint of base and head. The run is
-planned by wall clock, as that of the base is: the learning rate follows the spent part of `max_minutes`.
+Takes rows of `training.data` that are one call each; gives a self-contained checkpoint of base and head. The steps are
+those of `training.trainer`; what is measured between them is in `training.head_evaluation`.
 """
 
 import logging
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import IterableDataset
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from repo_package import load_repo_module
 
-from .base import CURRICULUM
-from .data import DEFAULT_DATA, RowStream, SingleCall, is_simple, single_call
-from .optimizers import MuonAdamW, trapezoid
+from .base import draw_style
+from .data import DEFAULT_DATA, Row, RowStream, SingleCall, is_simple, single_call
+from .features import FeatureCache
+from .head_evaluation import HeadEvaluation, evaluation_sets
+from .trainer import BlockDataset, RunOptions, StageTrainer, Sums, world_size
 
 modeling = load_repo_module("modeling_smollm_diffusion")
+objective = load_repo_module("denoising_loss")
+noise = load_repo_module("noise_schedule")
 scaffolds = load_repo_module("schema_scaffold")
 layouts = load_repo_module("scaffold_layout")
 grammar = load_repo_module("slot_grammar")
@@ -42,52 +36,106 @@ logger = logging.getLogger(__name__)
 STRING_BUDGETS = (8, 16, 16, 16, 32)
 NUMBER_BUDGETS = (8, 12, 12)
 ARRAY_BUDGETS = (2, 4, 4)
-"""Budgets are drawn from these whatever the gold value's length, so that a slot's width tells nothing about it."""
+"""Budgets are drawn from these whatever the gold value's length, so that a slot's width tells nothing about it, and
+anew whenever a record is drawn, so that no width belongs to a record."""
 
 TAIL_SHARE = 0.15
 """Part of the NULLs behind a value's end that is scored."""
 
+MAX_SCAFFOLD = 320
+"""Canvases of more positions are drawn past."""
+
+SLOT_KINDS = ("any", "string", "integer", "number")
+"""Kinds of positions that the constraint loss tells apart. Fixed text and closed slots are "any": a closed slot's
+confidence is taken among its choices alone, so mass beside them does not count."""
+
 
 @dataclass(frozen=True)
-class HeadRun:
+class ObjectiveRun(RunOptions):
+    """Options of every stage that trains on the head's objective.
+
+    Args:
+        noise_samples: noise draws per prompt, which share its forward of the base.
+        noise_schedule, loss_weighting, null_loss_weight, null_prediction_penalty, label_smoothing,
+        constraint_loss_weight: the objective, as in the model's config. Plain cross-entropy is the default, since it
+            keeps confidences calibrated, and it is confidence that the remasking reads.
+        own_draft_share: part of the noise draws in which some of the tokens in place are what the head drafts itself.
+        head_only: save the head alone; loading then fetches the base from where the model's config points.
+        eval_rows: held-out requests of each set that the loss and one-step drafts are measured on.
+        acceptance_rows: of those, how many are generated to see what the base accepts.
+    """
+
+    noise_samples: int = 3
+    noise_schedule: str = "log_linear"
+    loss_weighting: str = "none"
+    null_loss_weight: float = 0.1
+    null_prediction_penalty: float = 0.0
+    label_smoothing: float = 0.0
+    constraint_loss_weight: float = 0.0
+    own_draft_share: float = 0.0
+    head_only: bool = False
+    eval_rows: int = 64
+    acceptance_rows: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.own_draft_share <= 1:
+            raise ValueError(f"own_draft_share must be from 0 to 1, got {self.own_draft_share}.")
+        if self.noise_samples < 1:
+            raise ValueError(f"noise_samples must be at least 1, got {self.noise_samples}.")
+        if self.null_loss_weight <= 0:
+            raise ValueError(
+                f"null_loss_weight must be above 0, got {self.null_loss_weight}: without it the head does not learn "
+                "where values end."
+            )
+
+
+@dataclass(frozen=True)
+class HeadRun(ObjectiveRun):
     """Options of one run; each is an argument of `train_hf.py --stage head`.
 
     Args:
-        output: folder of checkpoints and result.
         base: folder or repo of the frozen base.
-        data: folder with `train/`.
-        install: copy the result into the repository root.
-        max_minutes: length of the run.
-        rows_per_batch: prompts of one step.
-        noise_samples: noise draws per prompt, which share its forward of the base.
-        lr: learning rate of Muon.
-        adam_lr: learning rate of AdamW.
         head_hidden_size, head_num_layers, head_num_heads: size of the head.
-        field_mask: what slots see of each other, as in the model's config.
-        save_steps: steps between checkpoints.
-        seed: of weights, draws and noise.
-        threads: CPU threads.
+        field_mask, scaffold_features: what slots see of each other, and whether the base reads the scaffold too, as in
+            the model's config.
+        feature_cache: folder for features of the base, computed once; None = the base is run in every step. It saves
+            nothing where `scaffold_features` is "base", since the base then reads the prompt with the scaffold.
+        cached_prompts: with a feature cache, size of the fixed set of prompts that is trained on.
     """
 
-    output: Path
-    base: str
-    data: Path = DEFAULT_DATA
-    install: bool = False
-    max_minutes: float = 25.0
-    rows_per_batch: int = 16
-    noise_samples: int = 3
-    lr: float = 0.01
-    adam_lr: float = 2e-3
+    base: str = ""
     head_hidden_size: int = 256
     head_num_layers: int = 3
     head_num_heads: int = 8
     field_mask: str = "full"
-    save_steps: int = 500
-    seed: int = 0
-    threads: int = 2
+    scaffold_features: str = "head"
+    feature_cache: Path | None = None
+    cached_prompts: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cached_prompts < 1:
+            raise ValueError(f"cached_prompts must be at least 1, got {self.cached_prompts}.")
 
 
-@dataclass(frozen=True)
+OBJECTIVE_FIELDS = (
+    "noise_schedule",
+    "loss_weighting",
+    "null_loss_weight",
+    "null_prediction_penalty",
+    "label_smoothing",
+    "constraint_loss_weight",
+)
+"""Options of the run that are fields of the model's config."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
 class HeadExample:
     """One prompt and the clean canvas of its call.
 
@@ -97,6 +145,9 @@ class HeadExample:
         slot_mask: bool [positions], the slots.
         loss_weights: float32 [positions].
         field_ids: int64 [positions], the number of the slot that a position belongs to, -1 for fixed text.
+        slot_kinds: int64 [positions], index into `SLOT_KINDS`.
+        seed: of the example's noise.
+        soft_ids, soft_probs: int64 and float32 [positions, k], what a teacher expects; None without teacher.
     """
 
     prompt_ids: Tensor
@@ -104,19 +155,25 @@ class HeadExample:
     slot_mask: Tensor
     loss_weights: Tensor
     field_ids: Tensor
+    slot_kinds: Tensor
+    seed: int
+    soft_ids: Tensor | None = None
+    soft_probs: Tensor | None = None
 
 
-def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Random) -> HeadExample | None:
-    """Lay a call out as the clean canvas that the head learns to restore.
+def draw_canvas(
+    call: SingleCall, vocabulary: Any, config: Any, rng: random.Random
+) -> tuple[Any, list[str | None]] | None:
+    """The canvas of a call with drawn budgets, and the gold text of each slot.
 
     Args:
         call: prompt, tool and gold arguments.
         vocabulary: `slot_grammar.Vocabulary` of the tokenizer.
-        config: the model's config: ids of MASK and NULL, weight of NULL.
+        config: the model's config: ids of MASK and NULL.
         rng: draws the budgets.
 
     Returns:
-        The example, or None where the schema or the arguments are not supported.
+        Canvas and texts (None where a slot is not alive), or None where the schema or the arguments are not supported.
     """
     tool = {"type": "function", "function": {"name": call.name, "parameters": call.schema}}
     try:
@@ -130,14 +187,31 @@ def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Ran
         rng.choice(STRING_BUDGETS) if slot.leaf.kind == "string" else rng.choice(NUMBER_BUDGETS)
         for slot in layout.slots
     ]
-    canvas = grammar.build_canvas(vocabulary, layout, budgets, config.mask_token_id, config.null_token_id)
+    return grammar.build_canvas(vocabulary, layout, budgets, config.mask_token_id, config.null_token_id), texts
+
+
+def canvas_example(
+    prompt_ids: Sequence[int], canvas: Any, texts: Sequence[str | None], config: Any, rng: random.Random
+) -> HeadExample:
+    """The clean canvas that the head learns to restore.
+
+    Args:
+        prompt_ids: tokens up to and including the generation prompt.
+        canvas: `slot_grammar.Canvas` of the call.
+        texts: gold text of each of its slots, None where it is not alive.
+        config: the model's config: ids of MASK and NULL, weight of NULL.
+        rng: draws which NULLs are scored, and the seed of the noise.
+    """
     scaffold_ids = canvas.token_ids.clone()
     slot_mask = scaffold_ids == config.mask_token_id
     loss_weights, field_ids = torch.ones(len(scaffold_ids)), torch.full_like(scaffold_ids, -1)
+    slot_kinds = torch.zeros_like(scaffold_ids)
     for index, (slot, text) in enumerate(zip(canvas.slots, texts, strict=True)):
         tokens = canvas.tokens_of(slot, text)
         scaffold_ids[slot.positions] = tokens
         field_ids[slot.positions] = index
+        if slot.slot.leaf.kind in SLOT_KINDS:
+            slot_kinds[slot.positions] = SLOT_KINDS.index(slot.slot.leaf.kind)
         content = int((tokens != config.null_token_id).sum())
         # The first NULL ends the value and counts like content. Of the tail behind it, most of the canvas, a part
         # stands for the whole.
@@ -145,163 +219,231 @@ def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Ran
             ends = text is not None and position == slot.start + content
             kept = ends or rng.random() < TAIL_SHARE
             loss_weights[position] = 1 / config.null_loss_weight if ends else float(kept)
-    return HeadExample(torch.tensor(call.prompt_ids), scaffold_ids, slot_mask, loss_weights, field_ids)
+    return HeadExample(
+        prompt_ids=torch.tensor(prompt_ids),
+        scaffold_ids=scaffold_ids,
+        slot_mask=slot_mask,
+        loss_weights=loss_weights,
+        field_ids=field_ids,
+        slot_kinds=slot_kinds,
+        seed=rng.getrandbits(48),
+    )
 
 
-class HeadExamples(IterableDataset):
-    """Endless examples in the mixed prompt styles of the base's curriculum, rows of similar length side by side.
+def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Random) -> HeadExample | None:
+    """Lay a call out as an example; see `draw_canvas` and `canvas_example`.
+
+    Returns:
+        The example, or None where the schema or the arguments are not supported.
+    """
+    drawn = draw_canvas(call, vocabulary, config, rng)
+    return None if drawn is None else canvas_example(call.prompt_ids, *drawn, config, rng)
+
+
+def kind_tokens(vocabulary: Any) -> Tensor:
+    """Tokens that can occur in a slot of each kind: bool [len(SLOT_KINDS), vocab + 2], NULL among them.
+
+    They are those that the automaton of the kind's unrestricted schema accepts in some state; patterns and bounds of a
+    schema forbid more, which only the commit knows.
+    """
+    allowed = torch.ones(len(SLOT_KINDS), vocabulary.size + 2, dtype=torch.bool)
+    allowed[:, vocabulary.size] = False  # MASK
+    for index, kind in enumerate(SLOT_KINDS[1:], start=1):
+        schema = {"type": "object", "properties": {"value": {"type": kind}}, "required": ["value"]}
+        tool = {"type": "function", "function": {"name": "kinds", "parameters": schema}}
+        (slot,) = layouts.draft_layout(scaffolds.compile_scaffold(tool), 1).slots
+        lifted = vocabulary.lift(slot.leaf.automaton)
+        allowed[index, : vocabulary.size] = torch.from_numpy(lifted.token_class != 0)
+    return allowed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCollator:
+    """Pads examples on the right into the keyword arguments of the model's training forward, noise included.
 
     Args:
-        stream: the rows.
-        vocabulary: as in `head_example`.
-        config: as in `head_example`.
-        rows_per_batch: rows that go into one batch.
-        seed: of styles and budgets.
+        config: the model's config.
+        pad_id: token at padding.
+        noise_samples: noise draws per example.
+        own_draft_share: part of the draws with own drafts in them.
+        kinds: from `kind_tokens`; None without constraint loss.
+        features: features of all prompts; None = the model runs its base.
     """
 
-    def __init__(self, stream: RowStream, vocabulary: Any, config: Any, rows_per_batch: int, seed: int) -> None:
-        self.stream, self.vocabulary, self.config, self.rows_per_batch = stream, vocabulary, config, rows_per_batch
-        self.seed = seed
+    config: Any
+    pad_id: int
+    noise_samples: int
+    own_draft_share: float = 0.0
+    kinds: Tensor | None = None
+    features: FeatureCache | None = None
 
-    def __iter__(self) -> Iterator[HeadExample]:
-        rng = random.Random(self.seed)
-        while True:
-            examples = sorted((self._draw(rng) for _ in range(16 * self.rows_per_batch)), key=_cost)
-            groups = [examples[i : i + self.rows_per_batch] for i in range(0, len(examples), self.rows_per_batch)]
-            rng.shuffle(groups)
-            for group in groups:
-                yield from group
+    def __call__(self, examples: Sequence[HeadExample]) -> dict[str, Any]:
+        """One batch; a function of the examples alone."""
+        prompts = [example.prompt_ids for example in examples]
+        batch: dict[str, Any] = {
+            "input_ids": _pad(prompts, self.pad_id),
+            "attention_mask": _pad([torch.ones_like(prompt) for prompt in prompts], 0),
+            "scaffold_ids": _pad([example.scaffold_ids for example in examples], self.pad_id),
+            "scaffold_mask": _pad([torch.ones_like(example.slot_mask) for example in examples], False),
+            "slot_mask": _pad([example.slot_mask for example in examples], False),
+            "loss_weights": _pad([example.loss_weights for example in examples], 0.0),
+            "field_ids": _pad([example.field_ids for example in examples], -1),
+            "noise_samples": self.noise_samples,
+        }
+        batch |= self._noise(examples)
+        if self.kinds is not None:
+            batch |= {
+                "slot_kinds": _pad([example.slot_kinds for example in examples], 0),
+                "kind_tokens": self.kinds,
+            }
+        if any(example.soft_ids is not None for example in examples):
+            batch |= _soft_targets(examples)
+        if self.features is not None:
+            batch["prompt_features"] = _pad([self.features.get(prompt.tolist()) for prompt in prompts], 0.0)
+        drawn = {name: batch[name].repeat_interleave(self.noise_samples, dim=0) for name in _NORMALISED}
+        batch["loss_normaliser"] = objective.loss_normaliser(
+            self.config, *(drawn[name] for name in _NORMALISED), batch["noise_mask"]
+        )
+        return batch
 
-    def _draw(self, rng: random.Random) -> HeadExample:
+    def _noise(self, examples: Sequence[HeadExample]) -> dict[str, Tensor]:
+        """Noise of each example by its own seed; times are spread over the batch."""
+        schedule = noise.build_schedule(self.config.noise_schedule, self.config.noise_eps)
+        drawn = [
+            noise.example_noise(
+                example.slot_mask,
+                self.noise_samples,
+                schedule,
+                self.config.noise_eps,
+                noise.low_discrepancy(index, examples[0].seed),
+                example.seed,
+                self.own_draft_share,
+            )
+            for index, example in enumerate(examples)
+        ]
+        found = {
+            "noise_times": torch.cat([one.times for one in drawn]),
+            "noise_mask": _pad([row for one in drawn for row in one.masked], False),
+        }
+        if self.own_draft_share > 0:
+            found["own_mask"] = _pad([row for one in drawn for row in one.own], False)
+        return found
+
+
+_NORMALISED = ("scaffold_ids", "loss_weights", "slot_mask")
+
+
+def _pad(tensors: Sequence[Tensor], value: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
+
+
+def _soft_targets(examples: Sequence[HeadExample]) -> dict[str, Tensor]:
+    """`soft_ids` and `soft_probs` of a batch; an example without them says nothing."""
+    width = max(example.soft_ids.shape[1] for example in examples if example.soft_ids is not None)
+    ids, probs = [], []
+    for example in examples:
+        if example.soft_ids is None or example.soft_probs is None:
+            ids.append(torch.zeros(len(example.scaffold_ids), width, dtype=torch.long))
+            probs.append(torch.zeros(len(example.scaffold_ids), width))
+        else:
+            missing = (0, width - example.soft_ids.shape[1])
+            ids.append(torch.nn.functional.pad(example.soft_ids, missing))
+            probs.append(torch.nn.functional.pad(example.soft_probs, missing))
+    return {"soft_ids": _pad(ids, 0), "soft_probs": _pad(probs, 0.0)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+ExampleDraw = Callable[[random.Random, float], HeadExample]
+"""Draws an example at a point of the run in [0, 1)."""
+
+
+class GoldExamples:
+    """Draws gold calls in the mixed prompt styles of the base's curriculum.
+
+    Args:
+        run: data and seed.
+        tokenizer: the model's tokenizer.
+        vocabulary: `slot_grammar.Vocabulary` of it.
+        config: the model's config.
+        fixed: size of a fixed set of prompts, as a feature cache needs it; 0 = each draw is a fresh one.
+    """
+
+    def __init__(
+        self, run: ObjectiveRun, tokenizer: PreTrainedTokenizerFast, vocabulary: Any, config: Any, fixed: int = 0
+    ) -> None:
+        self.vocabulary, self.config = vocabulary, config
+        self.stream = RowStream(
+            run.data or DEFAULT_DATA, tokenizer, keep=is_simple, leave_out=run.leave_out, on_error=run.on_error
+        )
+        rng = random.Random(f"{run.seed}/prompts")
+        self.rows = [self._row(rng)[0] for _ in range(fixed)]
+
+    def __call__(self, rng: random.Random, progress: float) -> HeadExample:
+        """Draw one; its prompt style does not follow the progress, since the base knows all of them."""
+        if not self.rows:
+            return self._row(rng)[1]
         while True:
-            _, style = rng.choice(CURRICULUM)
-            call = single_call(self.stream.draw(style))
-            example = head_example(call, self.vocabulary, self.config, rng) if call is not None else None
-            if example is not None and len(example.scaffold_ids) <= 320:
+            example = self._example(rng.choice(self.rows), rng)
+            if example is not None:
                 return example
 
+    def _row(self, rng: random.Random) -> tuple[Row, HeadExample]:
+        while True:
+            row = self.stream.draw(draw_style(rng, rng.random()), rng)
+            example = self._example(row, rng)
+            if example is not None:
+                return row, example
 
-def _cost(example: HeadExample) -> int:
+    def _example(self, row: Row, rng: random.Random) -> HeadExample | None:
+        call = single_call(row)
+        example = None if call is None else head_example(call, self.vocabulary, self.config, rng)
+        return None if example is None or len(example.scaffold_ids) > MAX_SCAFFOLD else example
+
+
+def example_cost(example: HeadExample) -> int:
+    """What an example costs: the base reads its prompt, the head its canvas several times."""
     return len(example.prompt_ids) + 2 * len(example.scaffold_ids)
 
 
-def collate_examples(examples: list[HeadExample], pad_id: int, noise_samples: int) -> dict[str, Any]:
-    """Pad examples on the right into the keyword arguments of the model's training forward."""
-
-    def pad(tensors: list[Tensor], value: float) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    return {
-        "input_ids": pad([example.prompt_ids for example in examples], pad_id),
-        "attention_mask": pad([torch.ones_like(example.prompt_ids) for example in examples], 0),
-        "scaffold_ids": pad([example.scaffold_ids for example in examples], pad_id),
-        "scaffold_mask": pad([torch.ones_like(example.slot_mask) for example in examples], False),
-        "slot_mask": pad([example.slot_mask for example in examples], False),
-        "loss_weights": pad([example.loss_weights for example in examples], 0.0),
-        "field_ids": pad([example.field_ids for example in examples], -1),
-        "noise_samples": noise_samples,
-    }
+def metric_sums(output: Any) -> Sums:
+    """Sums and counts of what is logged while training."""
+    return dict(objective.ratios(output.sums))
 
 
-class HeadTrainer(Trainer):
-    """`Trainer` whose loss is the model's own, and which logs the head's metrics beside it."""
+def fresh_model(run: HeadRun) -> Any:
+    """A fresh head on the run's frozen base, in float32.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # The loss is a mean over the batch; without this the Trainer would not divide it among accumulated batches.
-        self.loss_is_scaled_for_ga = False
-        self.sums: dict[str, list[float]] = {}
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        output = model(**inputs)
-        for name in ("diffusion_loss", "real_token_accuracy", "null_accuracy", "null_prediction_rate"):
-            self.sums.setdefault(name, []).append(float(output[name]))
-        return (output.loss, output) if return_outputs else output.loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        means = {name: sum(values) / len(values) for name, values in self.sums.items() if values}
-        self.sums.clear()
-        super().log(logs | {name: round(value, 4) for name, value in means.items()}, *args, **kwargs)
-
-
-class _Clock(TrainerCallback):
-    """Measures the spent part of the run and stops it at its end."""
-
-    def __init__(self, minutes: float) -> None:
-        self.seconds, self.start = minutes * 60, time.monotonic()
-
-    @property
-    def progress(self) -> float:
-        return (time.monotonic() - self.start) / self.seconds
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start = time.monotonic()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self.progress >= 1:
-            control.should_training_stop = True
-        return control
-
-
-def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Train a fresh head on a frozen base and save both in bfloat16 under `output/final`.
-
-    Args:
-        run: the options.
-        tokenizer: tokenizer of the base.
-
-    Returns:
-        The trained model.
+    Raises:
+        ValueError: the run names no base.
     """
+    if not run.base:
+        raise ValueError("A head needs a base: pass --base with its folder or repo.")
     torch.manual_seed(run.seed)
-    torch.set_num_threads(run.threads)
-    model = modeling.SmolLMDiffusionForCausalLM.from_base(
+    return modeling.SmolLMDiffusionForCausalLM.from_base(
         run.base,
         dtype=torch.float32,
         head_hidden_size=run.head_hidden_size,
         head_num_layers=run.head_num_layers,
         head_num_heads=run.head_num_heads,
         field_mask=run.field_mask,
+        scaffold_features=run.scaffold_features,
         # Enough for what so small a base writes on purpose; its runaway values end early.
         max_value_tokens=64,
         max_call_tokens=256,
-        # Plain cross-entropy keeps confidences calibrated, and it is confidence that the remasking reads.
-        loss_weighting="none",
-        label_smoothing=0.0,
-        null_prediction_penalty=0.0,
     )
-    vocabulary = grammar.Vocabulary(tokenizer, model.config.get_text_config().vocab_size)
-    stream = RowStream(run.data, tokenizer, seed=run.seed, keep=is_simple)
-    examples = HeadExamples(stream, vocabulary, model.config, run.rows_per_batch, run.seed)
-    clock = _Clock(run.max_minutes)
-    optimizer = MuonAdamW(model.diffusion_head.named_parameters(), lr=run.lr, adam_lr=run.adam_lr)
-    schedule = LambdaLR(optimizer, lambda _: trapezoid(clock.progress, warmup=0.03, hold=0.4))
-    trainer = HeadTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(run.output),
-            max_steps=1_000_000,  # the clock ends the run
-            per_device_train_batch_size=run.rows_per_batch,
-            save_steps=run.save_steps,
-            save_total_limit=1,
-            logging_steps=25,
-            report_to="none",
-            remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
-            seed=run.seed,
-        ),
-        train_dataset=examples,
-        data_collator=lambda batch: collate_examples(batch, tokenizer.pad_token_id, run.noise_samples),
-        optimizers=(optimizer, schedule),
-        callbacks=[clock],
-    )
-    trainer.train()
-    trainer.state.save_to_json(str(run.output / "trainer_state.json"))  # the curves
-    model.generation_config = GenerationConfig(
+
+
+def generation_defaults(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """How a trained model generates where the caller says nothing."""
+    return GenerationConfig(
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         max_new_tokens=256,  # transformers would end a text reply after 20
         decoding="verified",
@@ -312,8 +454,115 @@ def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
         # A call's first token is one, a text's are many: the argmax calls long before a call is the likelier reply.
         tool_call_threshold=0.5,
     )
-    final = run.output / "final"
-    model.to(torch.bfloat16).save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    logger.info("model saved to %s; rows left out: %s", final, dict(stream.skipped))
+
+
+def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Train a fresh head on a frozen base and save it in bfloat16 under `output/final`.
+
+    Args:
+        run: the options.
+        tokenizer: tokenizer of the base.
+
+    Returns:
+        The trained model.
+    """
+    model = fresh_model(run)
+    model.generation_config = generation_defaults(tokenizer)
+    if run.feature_cache is None:
+        return fit_head(model, run, tokenizer)
+    gold = GoldExamples(run, tokenizer, _vocabulary(model, tokenizer), model.config, fixed=run.cached_prompts)
+    cache = FeatureCache(run.feature_cache, model, torch.bfloat16 if run.bf16 else torch.float32)
+    cache.ensure(row.prompt_ids for row in gold.rows)
+    return fit_head(model, run, tokenizer, gold, cache)
+
+
+def _vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    return grammar.Vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+
+
+def fit_head(
+    model: Any,
+    run: ObjectiveRun,
+    tokenizer: PreTrainedTokenizerFast,
+    draw: ExampleDraw | None = None,
+    features: FeatureCache | None = None,
+) -> Any:
+    """Train whatever of a model needs gradients on the head's objective, and save the model in bfloat16.
+
+    Args:
+        model: a `SmolLMDiffusionForCausalLM` in float32; its config gets the objective of the run.
+        run: the options.
+        tokenizer: tokenizer of the base.
+        draw: draws the examples; None = fresh ones of `GoldExamples`.
+        features: of the base, of every prompt that is drawn; None = the base is run.
+
+    Returns:
+        The model with the weights of the best evaluation, see `HeadEvaluation.best_metric`.
+    """
+    for name in OBJECTIVE_FIELDS:
+        setattr(model.config, name, getattr(run, name))
+    model.config.check_fields()
+    vocabulary = _vocabulary(model, tokenizer)
+    draw = draw or GoldExamples(run, tokenizer, vocabulary, model.config)
+    batches = run.max_steps * run.gradient_accumulation_steps * world_size()
+    dataset = BlockDataset(draw, example_cost, run.rows_per_batch, batches, run.seed)
+    collate = HeadCollator(
+        config=model.config,
+        pad_id=tokenizer.pad_token_id,
+        noise_samples=run.noise_samples,
+        own_draft_share=run.own_draft_share,
+        kinds=kind_tokens(vocabulary) if model.config.constraint_loss_weight > 0 else None,
+        features=features,
+    )
+    if features is not None:
+        report_feature_cache(model, collate, dataset[0], features)
+    plain = replace(collate, own_draft_share=0.0, features=None)
+    sets = evaluation_sets(run.data or [DEFAULT_DATA], tokenizer, run.eval_rows)
+    measure = HeadEvaluation(model, tokenizer, vocabulary, plain, sets, run.acceptance_rows, canvas_example)
+    trainer = StageTrainer(
+        model,
+        run,
+        dataset,
+        collate,
+        evaluate=measure if measure.sets else None,
+        best_metric=measure.best_metric,
+        metric_sums=metric_sums,
+    )
+    trainer.run()
+    if trainer.args.should_save:
+        final = run.output / "final"
+        model.to(torch.bfloat16).save_pretrained(final, head_only=run.head_only)
+        tokenizer.save_pretrained(final)
+        logger.info("model saved to %s", final)
     return model
+
+
+def report_feature_cache(
+    model: Any, collate: HeadCollator, examples: Sequence[HeadExample], cache: FeatureCache
+) -> dict[str, float]:
+    """Measure and log what one batch costs with the cache and without.
+
+    Returns:
+        Seconds of collating with features and without, of a forward of the base over the batch, and the number of
+        batches after which building the cache has paid, infinite where it never does.
+    """
+
+    def seconds(work: Callable[[], Any]) -> float:
+        work()  # the first time files are read and memory is claimed
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    batch = replace(collate, features=None)(examples)
+    cached, plain = seconds(lambda: collate(examples)), seconds(lambda: replace(collate, features=None)(examples))
+    with torch.no_grad():
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        base = seconds(lambda: model.base_features(ids, mask).cpu())
+    saved = base - (cached - plain)
+    pays = cache.build_seconds / saved if saved > 0 else float("inf")
+    logger.info(
+        "features per batch: %.4f s from the base, %.4f s from the cache, which took %.1f s to make: it pays after "
+        "%.0f batches",
+        *(base, cached - plain, cache.build_seconds, pays),
+    )
+    return {"collate_cached": cached, "collate": plain, "base": base, "pays_after": pays}

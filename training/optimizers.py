@@ -4,6 +4,7 @@ a run.
 Pure torch; knows nothing of models but the shapes and names of their parameters.
 """
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -142,3 +143,18 @@ def trapezoid(progress: float, warmup: float, hold: float) -> float:
     if progress < warmup:
         return progress / warmup
     return min(1.0, max(0.0, (1 - progress) / max(1 - hold, 1e-9)))
+
+
+def cosine(progress: float, warmup: float) -> float:
+    """Learning-rate factor at a point of the run: up linearly, down as half a cosine to zero.
+
+    Args:
+        progress: done part of the run in [0, 1].
+        warmup: part of the run after which the factor is 1.
+
+    Returns:
+        Factor in [0, 1].
+    """
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1 - warmup, 1e-9))))

@@ -24,7 +24,7 @@ from typing import Any
 
 from repo_package import load_repo_module
 
-from .data import Record, write_records
+from .records import Record, write_records
 
 dialects = load_repo_module("schema_dialects")
 algebra = load_repo_module("schema_algebra")
@@ -138,7 +138,7 @@ def records(
     revision: str | None = None,
     streaming: bool = True,
     *,
-    on_error: str = "raise",
+    on_error: str = "refuse",
     limit: int | None = None,
     counts: Counts | None = None,
 ) -> Iterator[Record]:
@@ -148,7 +148,7 @@ def records(
         hub_id: a key of `ADAPTERS`.
         revision: commit, branch or tag of the data set; None is its newest state.
         streaming: read row by row instead of downloading the data set first.
-        on_error: `"raise"` stops at a row that cannot be converted, `"skip"` leaves it out and counts it.
+        on_error: `"refuse"` stops at a row that cannot be converted, `"skip"` leaves it out and counts it.
         limit: most rows to read; None reads all.
         counts: is updated while the iterator runs.
 
@@ -171,14 +171,14 @@ def records(
 
 
 def convert(
-    hub_id: str, rows: Iterable[Mapping[str, Any]], *, on_error: str = "raise", counts: Counts | None = None
+    hub_id: str, rows: Iterable[Mapping[str, Any]], *, on_error: str = "refuse", counts: Counts | None = None
 ) -> Iterator[Record]:
     """Convert rows that are already at hand; see `records`.
 
     Args:
         hub_id: a key of `ADAPTERS`.
         rows: rows of this data set.
-        on_error: `"raise"` or `"skip"`.
+        on_error: `"refuse"` or `"skip"`.
         counts: is updated while the iterator runs.
 
     Yields:
@@ -237,8 +237,8 @@ def _load(hub_id: str, configuration: str | None, revision: str | None, streamin
 def _converted(
     source: _Source, rows: Iterable[tuple[str | None, int, Mapping[str, Any]]], on_error: str, counts: Counts
 ) -> Iterator[Record]:
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error is {on_error!r}: pass "raise" or "skip".')
+    if on_error not in ("refuse", "skip"):
+        raise ValueError(f'on_error is {on_error!r}: pass "refuse" or "skip".')
     return _each(source, rows, on_error == "skip", counts)
 
 
@@ -743,7 +743,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to write, FILE.jsonl.gz")
     parser.add_argument("--limit", type=int, help="most rows to read")
     parser.add_argument("--revision", help="commit, branch or tag of the data set")
-    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what a malformed row does")
+    parser.add_argument("--on-error", choices=("refuse", "skip"), default="refuse", help="what a malformed row does")
     options = parser.parse_args(arguments)
     counts = Counts()
     try:

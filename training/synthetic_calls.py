@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from repo_package import load_repo_module
 
-from .data import Record, write_records
+from .records import Record, write_records
 
 scaffolds = load_repo_module("schema_scaffold")
 

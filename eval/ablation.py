@@ -1,0 +1,166 @@
+"""Which choice of the training objective earns its place: `python -m eval.ablation --base runs/base/final`.
+
+Trains one small head per choice on the same prompts with the same seed, everything else at the defaults of
+`training.head.HeadRun`, and measures each on held-out requests. The defaults are trained with several seeds, so that
+their spread says which differences mean something. A finished head is not trained again.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from repo_package import ROOT
+from training.head import HeadRun, train_head
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "loss_weighting schedule (1/t)": {"loss_weighting": "schedule"},
+    "loss_weighting count (N/n)": {"loss_weighting": "count"},
+    "noise_schedule cosine": {"noise_schedule": "cosine"},
+    "noise_schedule linear": {"noise_schedule": "linear"},
+    "null_loss_weight 1": {"null_loss_weight": 1.0},
+    "null_loss_weight 0.03": {"null_loss_weight": 0.03},
+    "null_prediction_penalty 0.3": {"null_prediction_penalty": 0.3},
+    "label_smoothing 0.1": {"label_smoothing": 0.1},
+    "constraint_loss_weight 0.1": {"constraint_loss_weight": 0.1},
+    "own_draft_share 0.5": {"own_draft_share": 0.5},
+    "noise_samples 1": {"noise_samples": 1},
+    "noise_samples 6": {"noise_samples": 6},
+    "field_mask block_causal": {"field_mask": "block_causal"},
+    "field_mask isolated": {"field_mask": "isolated"},
+    "scaffold_features base": {"scaffold_features": "base"},
+    "optimizer adamw": {"optimizer": "adamw"},
+    "schedule cosine": {"schedule": "cosine"},
+    "schedule one_cycle": {"schedule": "one_cycle"},
+}
+"""Name of a choice -> what it changes of the defaults."""
+
+DEFAULTS = "defaults"
+COLUMNS = ("acceptance", "slots_right", "calls_right")
+"""Measures of the table: share of drafted slots that the base lets stand, and one-step drafts against gold."""
+
+
+def names_of(asked: Sequence[str]) -> list[str]:
+    """Choices to run, in the order of the table.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    unknown = set(asked) - set(VARIANTS)
+    if unknown:
+        raise ValueError(f"Unknown choices: {', '.join(sorted(unknown))}. There are: {', '.join(VARIANTS)}.")
+    return [name for name in VARIANTS if not asked or name in asked]
+
+
+def trial(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one head and measure it; a finished one is read back.
+
+    Args:
+        name: of the choice, or `DEFAULTS`.
+        seed: of weights, draws and noise.
+        args: of the command line.
+    """
+    folder = args.work / f"{name.replace(' ', '_').replace('/', '')}-{seed}"
+    result = folder / "result.json"
+    if result.exists():
+        return dict(json.loads(result.read_text(encoding="utf-8")))
+    run = HeadRun(
+        output=folder,
+        base=str(args.base),
+        data=args.data or [],
+        max_steps=args.steps,
+        eval_steps=args.steps,
+        save_steps=args.steps,
+        rows_per_batch=args.rows,
+        eval_rows=args.eval_rows,
+        acceptance_rows=args.eval_rows,
+        feature_cache=args.work / f"features-{seed}",
+        cached_prompts=args.prompts,
+        seed=seed,
+        **{"noise_samples": 2, **VARIANTS.get(name, {})},
+    )
+    start = time.monotonic()
+    train_head(run, AutoTokenizer.from_pretrained(args.base, trust_remote_code=False))
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    last = next(entry for entry in reversed(history) if "eval_loss" in entry)
+    measures = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
+    found = {"name": name, "seed": seed, "seconds": round(time.monotonic() - start, 1), "measures": measures}
+    result.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def table(defaults: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: the defaults with their range over the seeds, then each choice with its difference."""
+    names = [f"{place} {column}" for place in ("seen", "unseen") for column in COLUMNS]
+    keys = [name.replace(" ", "_", 1) for name in names]
+    lines = ["| choice | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+
+    def values(key: str) -> list[float]:
+        return [100 * found["measures"][key] for found in defaults if key in found["measures"]]
+
+    cells = [f"{mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" if (v := values(key)) else "-" for key in keys]
+    lines.append(f"| {DEFAULTS}, {len(defaults)} seeds | " + " | ".join(cells) + " |")
+    for found in others:
+        cells = [
+            f"{100 * found['measures'][key] - mean(v):+.1f}" if key in found["measures"] and (v := values(key)) else "-"
+            for key in keys
+        ]
+        lines.append(f"| {found['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--base", default=str(ROOT / "runs" / "base" / "final"), help="folder or repo of the frozen base"
+    )
+    parser.add_argument("--data", type=Path, nargs="*", help="folders with train/ and dev/")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation", help="where heads are kept")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each head")
+    parser.add_argument("--rows", type=int, default=8, help="prompts of one step")
+    parser.add_argument("--prompts", type=int, default=1024, help="size of the set of prompts")
+    parser.add_argument("--eval-rows", type=int, default=64, help="held-out requests of each set")
+    parser.add_argument("--seeds", type=int, default=3, help="heads at the defaults")
+    parser.add_argument("--variants", nargs="*", default=[], help="only these choices")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
+    parser.add_argument("--out", type=Path, default=ROOT / "eval" / "results" / "ablation.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not there yet, print the table, write the results."""
+    args = parse_arguments(arguments)
+    names = names_of(args.variants)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    trials = [(DEFAULTS, seed) for seed in range(args.seeds)] + [(name, 0) for name in names]
+    found = [trial(name, seed, args) for name, seed in tqdm(trials, desc="heads", unit="head")]
+    defaults, others = found[: args.seeds], found[args.seeds :]
+    print(table(defaults, others))
+    report = {
+        "command": f"python -m eval.ablation --steps {args.steps} --rows {args.rows} --prompts {args.prompts} "
+        f"--eval-rows {args.eval_rows} --seeds {args.seeds}",
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "changes": {name: VARIANTS[name] for name in names},
+        "heads": found,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
