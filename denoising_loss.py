@@ -28,7 +28,7 @@ class SchemaDiffusionOutput(ModelOutput):
         diffusion_loss: scalar, the weighted cross-entropy with the gold token alone.
         null_penalty: scalar, mean probability of NULL where the target is content.
         real_token_accuracy: scalar, share of masked content positions whose best token is right; NaN if there is none.
-        null_accuracy: scalar, the same for masked positions whose target is NULL.
+        null_accuracy: scalar, share of masked positions where NULL or content is decided rightly.
         null_prediction_rate: scalar, share of masked positions where NULL is the best token.
         masked_slots: scalar, how many masked positions were scored.
         constraint_loss: scalar, mean of -log(mass on tokens that the slot's kind allows); None without kinds.
@@ -202,7 +202,7 @@ def score(config: SmolLMDiffusionConfig, log_probs: Tensor, targets: Targets) ->
         diffusion_loss=sums["diffusion_loss"] / normaliser,
         null_penalty=sums["null_penalty"] / sums["content"],
         real_token_accuracy=sums["content_right"] / sums["content"],
-        null_accuracy=sums["nulls_right"] / sums["nulls"],
+        null_accuracy=sums["null_decisions_right"] / sums["positions"],
         null_prediction_rate=sums["nulls_predicted"] / sums["positions"],
         masked_slots=torch.tensor(len(targets.ids), device=targets.ids.device),
         constraint_loss=None if forbidden is None else sums["constraint_loss"] / sums["positions"],
@@ -231,7 +231,9 @@ def _counts(log_probs: Tensor, ids: Tensor, is_null: Tensor) -> dict[str, Tensor
     confidence, predicted = log_probs.max(-1)
     confidence = confidence.exp()
     right, null = predicted == ids, ids.new_full((), log_probs.shape[-1] - 1)
-    bins = (confidence * CONFIDENCE_BINS).long().clamp(0, CONFIDENCE_BINS - 1)
+    # A bin holds its upper edge, as in eval/metrics/expected_calibration_error.
+    edges = torch.arange(1, CONFIDENCE_BINS, device=ids.device) / CONFIDENCE_BINS
+    bins = torch.bucketize(confidence, edges)
     empty = confidence.new_zeros(CONFIDENCE_BINS)
     return {
         "positions": empty.new_tensor(float(len(ids))),
@@ -242,6 +244,7 @@ def _counts(log_probs: Tensor, ids: Tensor, is_null: Tensor) -> dict[str, Tensor
         "nulls": is_null.float().sum(),
         "nulls_right": (right & is_null).float().sum(),
         "nulls_predicted": (predicted == null).float().sum(),
+        "null_decisions_right": ((predicted == null) == is_null).float().sum(),
         "bin_positions": empty.index_add(0, bins, torch.ones_like(confidence)),
         "bin_confidence": empty.index_add(0, bins, confidence),
         "bin_right": empty.index_add(0, bins, right.float()),
@@ -266,7 +269,8 @@ RATIOS = {
     "diffusion_loss": ("diffusion_loss", "weight"),
     "null_penalty": ("null_penalty", "content"),
     "real_token_accuracy": ("content_right", "content"),
-    "null_accuracy": ("nulls_right", "nulls"),
+    "null_accuracy": ("null_decisions_right", "positions"),
+    "null_recall": ("nulls_right", "nulls"),
     "null_precision": ("nulls_right", "nulls_predicted"),
     "null_prediction_rate": ("nulls_predicted", "positions"),
     "accuracy": ("right", "positions"),
@@ -276,7 +280,7 @@ RATIOS = {
     "masked_count": ("masked_positions", "rows"),
     "own_count": ("own_positions", "rows"),
 }
-"""Metrics that are the ratio of two of an output's `sums`. The accuracy of NULL is its recall."""
+"""Metrics that are the ratio of two of an output's `sums`, named as in `eval/metrics/null_tokens`."""
 
 
 def ratios(sums: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

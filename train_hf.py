@@ -12,13 +12,16 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, HfArgumentParser
 
 from repo_package import ROOT, load_repo_module
@@ -28,8 +31,8 @@ from training.data import DEFAULT_DATA, tokenizer_texts
 from training.decision import DecisionRun, train_decision
 from training.distill import DistillRun, distill
 from training.head import HeadRun, train_head
-from training.release import release
-from training.trainer import TrainingError
+from training.release import check_complete, release
+from training.trainer import TrainingError, is_disk_full, is_out_of_memory
 
 logger = logging.getLogger("train_hf")
 
@@ -224,10 +227,12 @@ def install(final: Path, root: Path = ROOT) -> None:
 
     Raises:
         FileNotFoundError: the folder does not hold one whole model.
+        ValueError: it holds a head alone, on a base that is a folder of this machine.
     """
     missing = [name for name in MODEL_FILES if not (final / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{final} lacks {', '.join(missing)}, so nothing was installed.")
+    check_complete(final)
     adapters = load_repo_module("draft_adapter")
     for name in MODEL_FILES:
         shutil.copyfile(final / name, root / name)
@@ -262,18 +267,47 @@ def run_command(arguments: list[str]) -> None:
         release(run.output / "final", run.push_to_hub)
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let a run that is told to terminate end as one that is interrupted: it says what is safe."""
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    usual = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def explained(error: BaseException) -> str:
+    """An error as one line."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if not isinstance(error, TrainingError) and is_disk_full(error):
+        return f"No space left on the disk ({text}): free some, and the same command goes on from the last checkpoint."
+    return text
+
+
 def main(arguments: list[str]) -> None:
     """Run one stage.
 
     Raises:
-        SystemExit: options, data or machine do not allow the run; the message says why in one line.
+        SystemExit: options, data or machine do not allow the run, and the message says why in one line; or the run
+            was interrupted, and the code is that of the signal.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        run_command(arguments)
-    except (TrainingError, ValueError, OSError, ImportError) as error:
+        with terminable():
+            run_command(arguments)
+    except KeyboardInterrupt as signalled:
+        raise SystemExit(128 + (signalled.args or [signal.SIGINT])[0]) from signalled
+    except (TrainingError, ValueError, OSError, ImportError, SafetensorError, MemoryError, RuntimeError) as error:
+        named = isinstance(error, (TrainingError, ValueError, OSError, ImportError))
+        if not named and not is_disk_full(error) and not is_out_of_memory(error):
+            raise
         logger.debug("the run ended with an error", exc_info=True)
-        raise SystemExit(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise SystemExit(explained(error)) from error
 
 
 if __name__ == "__main__":

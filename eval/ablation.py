@@ -1,13 +1,15 @@
 """Which choice of the training objective earns its place: `python -m eval.ablation --base runs/base/final`.
 
-Trains one small head per choice on the same prompts with the same seed, everything else at the defaults of
-`training.head.HeadRun`, and measures each on held-out requests. The defaults are trained with several seeds, so that
-their spread says which differences mean something. A finished head is not trained again.
+Trains one small head per choice with the same seed on equally many prompts, everything else at the defaults of
+`training.head.HeadRun` but for what the command line says, and measures each on held-out requests. The defaults are
+trained with several seeds, so that their spread says which differences mean something. A finished head is not trained
+again, and one of other options is refused.
 """
 
 import argparse
 import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from repo_package import ROOT
-from training.head import HeadRun, train_head
+from training.distill import DistillRun, claim, fit_to_base
+from training.head import HeadRun, fresh_model, generation_defaults, train_head
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "loss_weighting schedule (1/t)": {"loss_weighting": "schedule"},
@@ -33,16 +36,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "label_smoothing 0.1": {"label_smoothing": 0.1},
     "constraint_loss_weight 0.1": {"constraint_loss_weight": 0.1},
     "own_draft_share 0.5": {"own_draft_share": 0.5},
+    "tail_share 1": {"tail_share": 1.0},
+    "budgets fixed": {"budgets": "fixed"},
+    "targets of the base": {"distill_weight": 0.0},
+    "targets of the base, distill_weight 0.5": {"distill_weight": 0.5},
     "noise_samples 1": {"noise_samples": 1},
     "noise_samples 6": {"noise_samples": 6},
     "field_mask block_causal": {"field_mask": "block_causal"},
     "field_mask isolated": {"field_mask": "isolated"},
     "scaffold_features base": {"scaffold_features": "base"},
+    "head_num_layers 2": {"head_num_layers": 2},
+    "head_num_layers 4": {"head_num_layers": 4},
+    "rows_per_batch half": {"rows_per_batch": 0.5},
+    "rows_per_batch double": {"rows_per_batch": 2},
+    "lr 0.005": {"lr": 0.005},
+    "lr 0.02": {"lr": 0.02},
     "optimizer adamw": {"optimizer": "adamw"},
     "schedule cosine": {"schedule": "cosine"},
     "schedule one_cycle": {"schedule": "one_cycle"},
 }
-"""Name of a choice -> what it changes of the defaults."""
+"""Name of a choice -> what it changes of the defaults; `rows_per_batch` is a factor of the rows that are asked for.
+`distill_weight` is an option of distillation: the head learns what the base writes for prompts of the same number, not
+the gold calls."""
 
 DEFAULTS = "defaults"
 COLUMNS = ("acceptance", "slots_right", "calls_right")
@@ -61,6 +76,32 @@ def names_of(asked: Sequence[str]) -> list[str]:
     return [name for name in VARIANTS if not asked or name in asked]
 
 
+def options_of(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Options of one head, of `HeadRun` or, where `distill_weight` is among them, also of `DistillRun`.
+
+    Args:
+        name: of the choice, or `DEFAULTS`.
+        seed: of weights, draws and noise.
+        args: of the command line.
+    """
+    changes = dict(VARIANTS.get(name, {}))
+    return {
+        "base": str(args.base),
+        "data": args.data or [],
+        "max_steps": args.steps,
+        "eval_steps": args.steps,
+        "rows_per_batch": round(args.rows * changes.pop("rows_per_batch", 1)),
+        "eval_rows": args.eval_rows,
+        "acceptance_rows": args.eval_rows,
+        "max_value_tokens": 64,  # as the default model; runaway values of a small base cost time and say nothing
+        "max_call_tokens": 256,
+        "feature_cache": args.work / f"features-{seed}",
+        "cached_prompts": args.prompts,
+        "seed": seed,
+        **changes,
+    }
+
+
 def trial(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one head and measure it; a finished one is read back.
 
@@ -68,34 +109,48 @@ def trial(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         name: of the choice, or `DEFAULTS`.
         seed: of weights, draws and noise.
         args: of the command line.
+
+    Returns:
+        Name, seed, options that decide the result, seconds and measures.
+
+    Raises:
+        ValueError: the folder of this head is of one with other options.
     """
-    folder = args.work / f"{name.replace(' ', '_').replace('/', '')}-{seed}"
+    folder = args.work / f"{re.sub(r'[^a-zA-Z0-9_.]+', '_', name)}-{seed}"
+    options = options_of(name, seed, args)
+    shown = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    shown["data"] = [str(path) for path in options["data"]]
+    claim(folder, shown)
     result = folder / "result.json"
     if result.exists():
         return dict(json.loads(result.read_text(encoding="utf-8")))
-    run = HeadRun(
-        output=folder,
-        base=str(args.base),
-        data=args.data or [],
-        max_steps=args.steps,
-        eval_steps=args.steps,
-        save_steps=args.steps,
-        rows_per_batch=args.rows,
-        eval_rows=args.eval_rows,
-        acceptance_rows=args.eval_rows,
-        feature_cache=args.work / f"features-{seed}",
-        cached_prompts=args.prompts,
-        seed=seed,
-        **{"noise_samples": 2, **VARIANTS.get(name, {})},
-    )
     start = time.monotonic()
-    train_head(run, AutoTokenizer.from_pretrained(args.base, trust_remote_code=False))
+    train(options | {"output": folder}, args.work / f"targets-{seed}")
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     last = next(entry for entry in reversed(history) if "eval_loss" in entry)
     measures = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")}
-    found = {"name": name, "seed": seed, "seconds": round(time.monotonic() - start, 1), "measures": measures}
+    seconds = round(time.monotonic() - start, 1)
+    found = {"name": name, "seed": seed, "options": shown, "seconds": seconds, "measures": measures}
     result.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
+
+
+def train(options: dict[str, Any], targets: Path) -> None:
+    """Train one head.
+
+    Args:
+        options: from `options_of`, and the output.
+        targets: folder of the base's calls, filled where it is not; read where the head learns from them.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(options["base"], trust_remote_code=False)
+    run = HeadRun(**{name: value for name, value in options.items() if name in HeadRun.__dataclass_fields__})
+    if "distill_weight" not in options:
+        train_head(run, tokenizer)
+        return
+    model = fresh_model(run)
+    model.generation_config = generation_defaults(tokenizer)
+    own = {name: value for name, value in options.items() if name in DistillRun.__dataclass_fields__}
+    fit_to_base(model, DistillRun(**own, targets=targets, target_rows=run.cached_prompts), tokenizer)
 
 
 def table(defaults: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:

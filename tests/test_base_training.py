@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, SmolLM3ForCausa
 from repo_package import ROOT
 from training import base as pretraining
 from training import data as rows_module
+from training import head_evaluation
 from training.base import BaseObjective, BaseRun, TokenRow
 from training.data import PromptStyle, Record, Row, build_row
 from training.trainer import TrainingError
@@ -62,7 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(rows_module, "HELD_OUT_SOURCES", ("snips",))
     held_out = [record(i) for i in range(4)]
     monkeypatch.setattr(rows_module, "held_out_records", lambda data, count=200: held_out)
-    monkeypatch.setattr(pretraining, "held_out_records", lambda data: held_out)
+    monkeypatch.setattr(head_evaluation, "held_out_records", lambda data: held_out)
     return data
 
 
@@ -76,7 +77,6 @@ def options(folder: Path, output: Path, **changes: Any) -> BaseRun:
         "max_steps": 8,
         "rows_per_batch": 2,
         "eval_steps": 4,
-        "save_steps": 4,
         "logging_steps": 1,
         "eval_rows": 4,
         "save_total_limit": 5,
@@ -189,6 +189,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "broken"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("eval_rows", "measured"), [(0, []), (3, [3, 3])])
+def test_evaluations_have_as_many_rows_as_asked(
+    folder: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    eval_rows: int,
+    measured: list[int],
+) -> None:
+    seen: list[int] = []
+
+    def evaluate(objective: BaseObjective, rows: list[Row], pad_id: int) -> dict[str, float]:
+        seen.append(len(rows))
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(pretraining, "evaluate", evaluate)
+    pretraining.train_base(options(folder, tmp_path / "out", max_steps=1, eval_rows=eval_rows), tokenizer)
+    assert seen == measured
 
 
 def test_training_goes_on_from_a_trained_base(folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -295,6 +295,26 @@ def test_held_out_requests_never_enter_training(
     assert not any(item in trained.split("And more") for item in requests)
 
 
+def test_the_requests_of_every_folders_evaluation_are_left_out(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each folder's own choice, not that of all together: evaluation reads one of them."""
+    usual = rows_module.held_out_records
+    monkeypatch.setattr(rows_module, "held_out_records", lambda data: usual(data, count=10))
+    more = tmp_path / "more"
+    write(more / "train" / "snips.jsonl.gz", [record(500 + i) for i in range(400)])
+    stream = RowStream([folder, more], tokenizer, weights={"train/snips": 1.0})
+    assert stream.skipped["held out"] == 20
+    left = {row["id"] for row in (stream.dataset[int(i)] for i in stream.pools["train/snips"])}
+    assert len(left) == 420
+    trained = set(rows_module.tokenizer_texts([folder, more]))
+    assert any(f"Weather number {i} in Rome?" in trained for i in range(500, 900))
+    for part in (folder, more):
+        held_out = usual(part, count=10)
+        assert not left & {item["id"] for item in held_out}
+        assert not trained & {item["messages"][0]["content"] for item in held_out}
+
+
 def test_evaluation_sets_are_the_same_each_time(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for records in (rows_module.held_out_records(folder, count=10), rows_module.dev_records(folder)):
         assert all(rows_module.is_simple(item) for item in records)

@@ -409,6 +409,33 @@ def test_impossible_options_are_named(run_of: Any, options: dict[str, Any]) -> N
 # ------------------------------------------------------------------------------------------------- the report
 
 
+def test_records_can_be_left_out_and_lines_that_are_none_passed_over(run_of: Any, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "train" / "tiny.jsonl.gz"
+    with gzip.open(data, "at") as file:
+        file.write('{"id": "broken"}\n')
+    with pytest.raises(ValueError, match=r"tiny\.jsonl\.gz"):
+        decision.decision_stream(run_of(), tiny_tokenizer())
+    whole = decision.decision_stream(run_of(on_error="skip"), tiny_tokenizer())
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps({"file": "train/tiny", "line": 8, "id": "r7"}) + "\n")
+    part = decision.decision_stream(run_of(on_error="skip", leave_out=out), tiny_tokenizer())
+    counts = [sum(len(pool) for pool in stream.pools.values()) for stream in (whole, part)]
+    assert counts == [120, 119]
+
+
+def test_several_processes_are_refused(run_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        run_of()
+
+
+def test_scoring_says_how_fast_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "training.decision")
+    decision.decision_scores(tiny_model(), rows_of(3), tiny_tokenizer())
+    assert "rows_per_second" in caplog.text
+    assert "peak_mib" in caplog.text
+
+
 def test_the_report_compares_three_ways_on_balanced_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_data(tmp_path / "data")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.load_metrics import load_metric
 from repo_package import load_repo_module
 from tiny_models import VOCAB, tiny_config
 
@@ -35,6 +36,7 @@ def test_metrics_are_detached_and_count_what_they_say() -> None:
     output = loss_parts.score(CONFIG, best, targets(torch.tensor([5, 6, NULL, NULL])))
     assert output.real_token_accuracy == 0.5
     assert output.null_accuracy == 0.5
+    assert float(output.sums["nulls_right"] / output.sums["nulls"]) == 0.5
     assert output.null_prediction_rate == 0.5
     flat = {**output, **output.sums}
     assert not any(value.requires_grad for name, value in flat.items() if isinstance(value, Tensor) and name != "loss")
@@ -141,3 +143,38 @@ def test_a_head_that_is_right_as_often_as_it_says_is_calibrated() -> None:
     assert metrics["accuracy"] == pytest.approx(0.75)
     worse = loss_parts.score(CONFIG, log_probs, targets(torch.tensor([8, 8, 8, 8]))).sums
     assert loss_parts.summary({**worse, **canvas})["calibration_error"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.25, 0.31, 0.999])
+def test_null_rates_and_calibration_are_those_of_the_metrics(confidence: float) -> None:
+    """Confidences on the edge of a bin among them: 0.5 belongs to the bin below."""
+    count = 8
+    best = torch.tensor([7, NULL, 9, NULL, 7, 7, NULL, 9])
+    log_probs = torch.full((count, VOCAB + 2), -torch.inf)
+    log_probs[:, 11] = math.log(1 - confidence) if confidence > 0.5 else math.log(confidence / 2)
+    if confidence <= 0.5:
+        log_probs[:, 12:16] = math.log((1 - 1.5 * confidence) / 4)
+    log_probs[torch.arange(count), best] = math.log(confidence)
+    ids = torch.tensor([7, NULL, NULL, 5, 7, 5, NULL, NULL])
+    sums = loss_parts.score(tiny_config(label_smoothing=0.0), log_probs, targets(ids)).sums
+    canvas = dict.fromkeys(
+        ("weight", "rows", "scaffold_positions", "slot_positions", "masked_positions", "own_positions"),
+        torch.tensor(1.0),
+    )
+    found = loss_parts.summary({**sums, **canvas})
+    calibration = load_metric("expected_calibration_error").compute(
+        predictions=log_probs.exp().max(-1).values.tolist(), references=(best == ids).long().tolist()
+    )
+    assert found["calibration_error"] == pytest.approx(calibration["expected_calibration_error"], abs=1e-6)
+    nulls = load_metric("null_tokens").compute(
+        predictions=[best.tolist()], references=[ids.tolist()], slots=[[0] * count], masked=[[1] * count], null_id=NULL
+    )
+    for name in ("null_accuracy", "null_recall", "null_precision", "null_prediction_rate", "real_token_accuracy"):
+        assert found[name] == pytest.approx(nulls[name]), name
+
+
+def test_a_confidence_on_the_edge_of_two_bins_belongs_to_the_lower_one() -> None:
+    log_probs = torch.full((1, VOCAB + 2), -torch.inf)
+    log_probs[0, 7:9] = math.log(0.5)
+    sums = loss_parts.score(tiny_config(label_smoothing=0.0), log_probs, targets(torch.tensor([7]))).sums
+    assert sums["bin_positions"].nonzero().flatten().tolist() == [4]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from training import distill as distillation
 from training import head as head_training
 from training.data import PromptStyle, Record, Row, build_row, read_records
 from training.distill import BaseTeacher, DistillRun, TargetExamples, distill, soft_targets, value_spans, write_targets
+from training.records import RecordError
 
 modeling = load_repo_module("modeling_smollm_diffusion")
 grammars = load_repo_module("reply_grammar")
@@ -421,6 +423,41 @@ def test_calls_of_another_run_are_not_mixed_in(tmp_path: Path, count: int, seed:
         write_targets(Parrot(seed=seed), draw, tmp_path, count=count, rows_per_batch=4)  # type: ignore[arg-type]
 
 
+def test_calls_for_rows_of_another_origin_are_not_taken(tmp_path: Path) -> None:
+    write_targets(Parrot(), draw, tmp_path, 10, 4, {"data": "one"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="data 'one', not 'other'"):
+        write_targets(Parrot(), draw, tmp_path, 10, 4, {"data": "other"})  # type: ignore[arg-type]
+
+
+def test_calls_that_do_not_say_whose_they_are_are_not_taken(tmp_path: Path) -> None:
+    write_targets(Parrot(), draw, tmp_path, count=10, rows_per_batch=4)  # type: ignore[arg-type]
+    shutil.rmtree(tmp_path / distillation.PARTS)
+    with pytest.raises(ValueError, match="nothing says which base"):
+        write_targets(Parrot(), draw, tmp_path, count=10, rows_per_batch=4)  # type: ignore[arg-type]
+
+
+def test_the_origin_of_rows_names_the_data_and_what_is_left_out(options: dict[str, Any], tmp_path: Path) -> None:
+    for name, text in (("a", "one"), ("b", "one"), ("c", "three")):
+        (tmp_path / name / "train").mkdir(parents=True)
+        (tmp_path / name / "train" / "calls.jsonl").write_text(text)
+    (tmp_path / "out.txt").write_text("r1")
+
+    def origin(**change: Any) -> dict[str, Any]:
+        return distillation._Rows(DistillRun(**{**options, **change}), tiny_tokenizer()).origin()
+
+    first = origin(data=[tmp_path / "a"])
+    assert origin(data=[tmp_path / "b"]) == first  # the same data elsewhere
+    for change in ({"data": [tmp_path / "c"]}, {"leave_out": tmp_path / "out.txt"}, {"on_error": "skip"}):
+        assert origin(**{"data": [tmp_path / "a"], **change}) != first
+
+
+def test_writing_calls_says_how_fast_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "training.distill")
+    write_targets(Parrot(), draw, tmp_path, count=10, rows_per_batch=4)  # type: ignore[arg-type]
+    assert "rows_per_second" in caplog.text
+    assert "peak_mib" in caplog.text
+
+
 def test_a_run_without_any_target_says_so(tmp_path: Path) -> None:
     def only_threes(rng: random.Random) -> Row:
         return Row("3", "tiny", [1], [], [WEATHER], [], [])
@@ -432,6 +469,10 @@ def test_a_run_without_any_target_says_so(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training on them
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_on(targets: Path) -> DistillRun:
+    return DistillRun(targets / "unused", targets=targets)
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +487,7 @@ def test_an_example_is_the_bases_call_behind_the_prompt_that_it_saw(
     teacher: BaseTeacher, tokenizer: Any, rows: list[Row], filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher.model.config, "distill_weight", 0.5)
-    examples = TargetExamples(filled, teacher.vocabulary, teacher.model.config, tokenizer)
+    examples = TargetExamples(run_on(filled), teacher.vocabulary, teacher.model.config, tokenizer)
     records = list(read_records(filled / distillation.TARGETS_FILE))
     prompts = {tuple(row.prompt_ids) for row in rows}
     for seed in range(8):
@@ -465,8 +506,17 @@ def test_without_weight_the_distributions_are_left_out(
     teacher: BaseTeacher, tokenizer: Any, rows: list[Row], filled: Path
 ) -> None:
     assert teacher.model.config.distill_weight == 0
-    example = TargetExamples(filled, teacher.vocabulary, teacher.model.config, tokenizer)(random.Random(0), 0.0)
-    assert example.soft_ids is None
+    examples = TargetExamples(run_on(filled), teacher.vocabulary, teacher.model.config, tokenizer)
+    assert examples(random.Random(0), 0.0).soft_ids is None
+
+
+def test_calls_of_which_none_fits_a_canvas_end_the_run_instead_of_halting_it(
+    teacher: BaseTeacher, tokenizer: Any, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "MAX_SCAFFOLD", 10)
+    monkeypatch.setattr(head_training, "MAX_MISSES", 3)
+    with pytest.raises(RecordError, match="of 3 drawn calls"):
+        TargetExamples(run_on(filled), teacher.vocabulary, teacher.model.config, tokenizer)(random.Random(0), 0.0)
 
 
 class OneRow:
@@ -504,7 +554,6 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     prompt = distillation.shown_prompt(tokenizer, messages, [TIME])
     call = {"name": "get_time", "arguments": {"zone": "Oslo"}}
     monkeypatch.setattr(OneRow, "row", Row("r", "tiny", prompt, [], [TIME], [call], messages), raising=False)
-    monkeypatch.setattr(distillation, "RowStream", OneRow)
     monkeypatch.setattr(head_training, "RowStream", OneRow)
     monkeypatch.setattr(head_training, "evaluation_sets", lambda *_: {})
     monkeypatch.setattr(BaseTeacher, "targets", told)
@@ -516,7 +565,6 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "max_steps": 40,
         "logging_steps": 10,
         "eval_steps": 100,
-        "save_steps": 100,
         "threads": 1,
     }
 
@@ -534,7 +582,7 @@ def test_a_run_teaches_the_head_what_the_base_writes_and_leaves_the_base(options
     loaded = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.output / "final")
     assert loaded.config.distill_weight == run.distill_weight
     vocabulary = slot_grammar.Vocabulary(tiny_tokenizer(), loaded.config.text_config.vocab_size)
-    example = TargetExamples(run.folder, vocabulary, loaded.config, tiny_tokenizer())(random.Random(0), 0.0)
+    example = TargetExamples(run, vocabulary, loaded.config, tiny_tokenizer())(random.Random(0), 0.0)
     assert vocabulary.spell(example.scaffold_ids[example.slot_mask].tolist()) == b"trueRome"  # and not Oslo
 
 

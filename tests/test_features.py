@@ -1,7 +1,9 @@
 """Features of the base on disk: what is read is what the base gives, whatever happened to the files."""
 
 import random
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tiny_tokenizer import tiny_vocabulary
 from training import features
 from training.data import SingleCall
 from training.features import FeatureCache, base_digest
-from training.head import HeadCollator, HeadExample, head_example
+from training.head import HeadCollator, HeadExample, HeadRun, head_example
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 
@@ -105,7 +107,26 @@ def test_what_an_interrupted_write_left_is_removed(tmp_path: Path, model: Any, m
         with pytest.raises(KeyboardInterrupt):
             filled(tmp_path, model, prompts(3))
     cache = filled(tmp_path, model, prompts(3))
-    assert [path.suffix for path in cache.folder.iterdir()] == [".safetensors"]
+    kept = {path.name for path in cache.folder.iterdir()} - {features.LOCK_FILE}
+    assert [Path(name).suffix for name in kept] == [".safetensors"]
+
+
+def test_processes_that_make_the_same_features_wait_for_each_other(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one starts when the first has half of a file; alone it would take that for a leftover."""
+    usual, others = features.save_file, []
+
+    def writing(tensors: dict[str, Tensor], path: Path, metadata: Any) -> None:
+        usual(tensors, path, metadata)
+        others.append(threads.submit(filled, tmp_path, model, prompts(3)))
+        time.sleep(0.5)
+
+    monkeypatch.setattr(features, "save_file", writing)
+    with ThreadPoolExecutor(1) as threads:
+        first = filled(tmp_path, model, prompts(3))
+        (second,) = [other.result(timeout=30) for other in others]
+    assert all(torch.equal(first.get(prompt), second.get(prompt)) for prompt in prompts(3))
 
 
 def test_another_base_has_features_of_its_own(tmp_path: Path, model: Any) -> None:
@@ -169,9 +190,8 @@ def wide_model() -> Any:
 
 def examples(config: Any, count: int) -> Iterator[HeadExample]:
     for seed, prompt in enumerate(prompts(count)):
-        made = head_example(
-            SingleCall(prompt, SCHEMA, "f", {"city": "Rome"}), tiny_vocabulary(), config, random.Random(seed)
-        )
+        call = SingleCall(prompt, SCHEMA, "f", {"city": "Rome"})
+        made = head_example(call, tiny_vocabulary(), config, random.Random(seed), HeadRun(Path()))
         assert made is not None
         yield made
 

@@ -17,7 +17,8 @@ from tiny_models import tiny_config
 from tiny_tokenizer import tiny_tokenizer, tiny_vocabulary
 from training import head as head_training
 from training.data import Row, SingleCall
-from training.head import HeadCollator, HeadRun, head_example, kind_tokens, train_head
+from training.head import GoldExamples, HeadCollator, HeadRun, head_example, kind_tokens, train_head
+from training.records import RecordError
 
 SCHEMA = {
     "type": "object",
@@ -49,11 +50,15 @@ def base_config() -> SmolLM3Config:
 
 class Ids:
     mask_token_id, null_token_id, null_loss_weight = tiny_vocabulary().size, tiny_vocabulary().size + 1, 0.1
+    string_budget, number_budget, array_budget = 9, 5, 3
 
 
-def example(arguments: dict[str, Any], seed: int = 0) -> Any:
+RUN = HeadRun(Path("unused"))
+
+
+def example(arguments: dict[str, Any], seed: int = 0, run: HeadRun = RUN) -> Any:
     call = SingleCall([5, 6, 7], SCHEMA, "get_weather", arguments)
-    return head_example(call, tiny_vocabulary(), Ids, random.Random(seed))
+    return head_example(call, tiny_vocabulary(), Ids, random.Random(seed), run)
 
 
 def test_an_example_holds_the_call_and_masks_its_values() -> None:
@@ -92,10 +97,41 @@ def test_the_end_of_a_value_counts_and_its_tail_is_sampled() -> None:
     assert (made.loss_weights[nulls] == 0).float().mean() > 0.5
 
 
-def test_what_the_scaffold_does_not_support_is_left_out() -> None:
+def test_the_scored_share_of_the_tail_and_fixed_widths_are_options() -> None:
+    whole = example({"city": "New York"}, run=replace(RUN, tail_share=1.0))
+    assert (whole.loss_weights[whole.slot_mask] > 0).all()
+    none = example({"city": "New York"}, run=replace(RUN, tail_share=0.0))
+    alive = none.slot_mask & (none.scaffold_ids == Ids.null_token_id)
+    assert set(none.loss_weights[alive].tolist()) == {0.0, 10.0}
+    drawn = {len(example({"city": "a"}, seed).scaffold_ids) for seed in range(8)}
+    fixed = [example({"city": "a"}, seed, replace(RUN, budgets="fixed")) for seed in range(8)]
+    assert len(drawn) > 1
+    assert len({len(one.scaffold_ids) for one in fixed}) == 1
+    assert int((fixed[0].field_ids == 0).sum()) == Ids.string_budget
+
+
+def test_what_the_scaffold_does_not_support_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     call = SingleCall([5], {"type": "object", "properties": {"a": {"anyOf": []}}}, "f", {"a": 1})
-    assert head_example(call, tiny_vocabulary(), Ids, random.Random(0)) is None
+    assert head_example(call, tiny_vocabulary(), Ids, random.Random(0), RUN) is None
     assert example({"city": 3}) is None
+    monkeypatch.setattr(head_training, "MAX_SCAFFOLD", 20)
+    assert example({"city": "a"}) is None
+
+
+def test_data_without_a_call_that_can_be_drafted_end_the_run_instead_of_halting_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
+    wrong = Row("r", "tiny", [5], [], [tool], [{"name": "get_weather", "arguments": {"city": 3}}], [])
+    monkeypatch.setattr(OneRow, "row", wrong, raising=False)
+    monkeypatch.setattr(head_training, "RowStream", OneRow)
+    monkeypatch.setattr(head_training, "MAX_MISSES", 5)
+    gold = GoldExamples(RUN, tiny_tokenizer(), tiny_vocabulary(), Ids)
+    with pytest.raises(RecordError, match="of 5 drawn calls"):
+        gold(random.Random(0), 0.0)
+    gold.rows = [wrong]
+    with pytest.raises(RecordError, match="of 5 drawn calls"):
+        gold(random.Random(0), 0.0)
 
 
 def test_kinds_allow_what_their_slots_can_hold() -> None:
@@ -144,20 +180,25 @@ def test_a_batch_has_what_the_models_forward_takes() -> None:
     assert (batch["field_ids"][~batch["slot_mask"]] == -1).all()
 
 
-def test_the_noise_of_an_example_does_not_depend_on_its_batch() -> None:
+def test_noise_is_a_function_of_the_batch_and_times_are_spread_over_it() -> None:
+    """Batches are drawn whole, whatever process trains on them, so that is all that repeatable runs need."""
     collate = HeadCollator(CONFIG, pad_id=0, noise_samples=3, own_draft_share=0.5)
-    first, second = example({"city": "a"}), example({"city": "a", "days": 3}, seed=3)
-    alone, together = collate([first]), collate([first, second])
-    width = len(first.scaffold_ids)
-    for name in ("noise_mask", "own_mask"):
-        assert torch.equal(together[name][:3, :width], alone[name])
-    assert torch.equal(together["noise_times"][:3], alone["noise_times"])
+    examples = [example({"city": "a", "days": seed}, seed=seed) for seed in range(8)]
+    first, again = collate(examples), collate(examples)
+    for name in ("noise_times", "noise_mask", "own_mask"):
+        assert torch.equal(first[name], again[name])
+    gaps = first["noise_times"].sort().values.diff()
+    assert gaps.max() < 3 / 24  # independent draws leave larger holes nearly always
+    # What stands behind an example in the batch changes nothing of it; where it stands shifts its times.
+    width = len(examples[0].scaffold_ids)
+    assert torch.equal(first["noise_mask"][:3, :width], collate(examples[:1])["noise_mask"])
+    assert not torch.equal(first["noise_times"][3:6], collate(examples[1:2])["noise_times"])
 
 
 def test_another_pass_over_a_record_draws_other_budgets_and_other_noise() -> None:
     rng = random.Random(0)
     call = SingleCall([5, 6, 7], SCHEMA, "get_weather", {"city": "New York"})
-    made = (head_example(call, tiny_vocabulary(), Ids, rng) for _ in range(12))
+    made = (head_example(call, tiny_vocabulary(), Ids, rng, RUN) for _ in range(12))
     passes = [one for one in made if one is not None]
     assert len(passes) == 12
     assert len({len(made.scaffold_ids) for made in passes}) > 3
@@ -187,6 +228,9 @@ def test_examples_with_and_without_a_teacher_share_a_batch() -> None:
     ("change", "message"),
     [
         ({"own_draft_share": 1.5}, "own_draft_share"),
+        ({"tail_share": -0.1}, "tail_share"),
+        ({"budgets": "wide"}, "budgets"),
+        ({"quantization": "2bit"}, "quantization"),
         ({"noise_samples": 0}, "noise_samples"),
         ({"null_loss_weight": 0.0}, "null_loss_weight"),
     ],
@@ -241,7 +285,6 @@ def options(tmp_path: Path, **change: Any) -> HeadRun:
         "max_steps": 100,
         "logging_steps": 10,
         "eval_steps": 50,
-        "save_steps": 50,
         "threads": 1,
     }
     return HeadRun(**{**fields, **change})
@@ -252,7 +295,7 @@ def history(run: HeadRun) -> list[dict[str, float]]:
 
 
 def test_a_run_trains_the_head_and_leaves_the_base(tmp_path: Path, base: Any) -> None:
-    run = options(tmp_path, field_mask="block_causal", acceptance_rows=1)
+    run = options(tmp_path, field_mask="block_causal", acceptance_rows=1, max_value_tokens=64, max_call_tokens=256)
     model = train_head(run, tiny_tokenizer())
     assert weights_hash(model.base.float()) == weights_hash(base.bfloat16().float())
     losses = [entry["diffusion_loss"] for entry in history(run) if "diffusion_loss" in entry]
@@ -260,14 +303,53 @@ def test_a_run_trains_the_head_and_leaves_the_base(tmp_path: Path, base: Any) ->
     loaded = head_training.modeling.SmolLMDiffusionForCausalLM.from_pretrained(tmp_path / "out" / "final")
     assert loaded.generation_config.decoding == "verified"
     assert loaded.config.field_mask == "block_causal"
+    assert (loaded.config.max_value_tokens, loaded.config.max_call_tokens) == (64, 256)
 
     first, last = (entry for entry in history(run) if "eval_loss" in entry)
     assert last["eval_loss"] < first["eval_loss"]
     assert last["eval_seen_slots_right_string"] == 1  # what is learned by heart is drafted in one step
     assert last["eval_calls_right"] == 1
-    for name in ("seen_acceptance", "unseen_acceptance", "seen_slots_right_presence", "seen_calibration_error"):
-        assert 0 <= last[f"eval_{name}"] <= 1
+    for name in ("acceptance", "slots_right_presence", "calibration_error", "draft_calibration_error"):
+        assert 0 <= last[f"eval_seen_{name}"] <= 1
+    # What is learned by heart ends where it should; "New York" is one length, what is not alive another.
+    assert last["eval_seen_draft_null_recall"] > first["eval_seen_draft_null_recall"]
+    assert last["eval_seen_draft_null_recall_length_0"] > 0.9
+    content = len(tiny_vocabulary().encode("New York"))
+    bucket = next(name for name, top in (("1", 1), ("2-4", 4), ("5-8", 8), ("9-16", 16)) if content <= top)
+    assert last[f"eval_seen_draft_null_precision_length_{bucket}"] == 1
     assert last["eval_seen_base_forwards"] >= 1
+
+
+def test_a_head_goes_on_from_a_trained_one_and_refuses_another_shape(tmp_path: Path, base: Any) -> None:
+    first = options(tmp_path, max_steps=1, eval_steps=1, eval_rows=0)
+    train_head(first, tiny_tokenizer())
+    trained = head_training.modeling.SmolLMDiffusionForCausalLM.from_pretrained(
+        first.output / "final", dtype=torch.float32
+    )
+    again = head_training.fresh_model(options(tmp_path, seed=9, head_from=str(first.output / "final")))
+    assert weights_hash(again.diffusion_head) == weights_hash(trained.diffusion_head)
+    assert weights_hash(again.base) == weights_hash(base)
+    with pytest.raises(ValueError, match="has another shape than this run's"):
+        head_training.fresh_model(options(tmp_path, head_num_layers=2, head_from=str(first.output / "final")))
+
+
+def test_a_head_trains_beside_a_quantised_base_which_is_saved_as_it_is(
+    tmp_path: Path, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that only says it is quantised, since transformers' Trainer goes by that; its dtype must not change."""
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = from_base(*args, **kwargs)
+        model.is_quantized = True
+        return model
+
+    kind = head_training.modeling.SmolLMDiffusionForCausalLM
+    from_base = kind.from_base
+    monkeypatch.setattr(kind, "from_base", load)
+    model = train_head(options(tmp_path, max_steps=2, eval_steps=2, acceptance_rows=0), tiny_tokenizer())
+    assert model.is_quantized
+    assert {parameter.dtype for parameter in model.base.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.diffusion_head.parameters()} == {torch.bfloat16}
 
 
 def test_every_part_of_the_objective_trains(tmp_path: Path, base: Any) -> None:
@@ -275,7 +357,6 @@ def test_every_part_of_the_objective_trains(tmp_path: Path, base: Any) -> None:
         tmp_path,
         max_steps=2,
         eval_steps=2,
-        save_steps=2,
         loss_weighting="schedule",
         constraint_loss_weight=0.5,
         label_smoothing=0.1,
@@ -311,7 +392,7 @@ def test_a_run_can_read_features_from_the_disk(
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_training, "evaluation_sets", lambda *_: {})
-    short = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "own_draft_share": 0.5, "rows_per_batch": 2}
+    short = {"max_steps": 4, "eval_steps": 2, "own_draft_share": 0.5, "rows_per_batch": 2}
     whole = train_head(options(tmp_path, **short), tiny_tokenizer())
 
     class Stopped(Exception):

@@ -29,7 +29,6 @@ from training.synthetic_calls import (
     check_record,
     example,
     generate,
-    tool_names,
 )
 
 scaffolds = load_repo_module("schema_scaffold")
@@ -293,6 +292,13 @@ def test_one_tool_at_most_fits_a_request_and_none_where_it_is_refused() -> None:
             refused += 1
             assert not {meaning[flat(name)] for name in made.asked} & set(shown), made.record["id"]
     assert 20 < refused < 80
+
+
+def tool_names(names: Names) -> set[str]:
+    """All tool names that may be made, in lower case and without `_`, `-` and `.`."""
+    verbs = [verb for entry in VERBS.values() for verb in entry[names]]
+    found = {f"{verb}{noun}".replace(" ", "") for verb in verbs for noun in NOUNS[names]}
+    return found | {f"{noun}{verb}".replace(" ", "") for verb in verbs for noun in NOUNS[names]}
 
 
 def test_training_and_held_out_names_are_disjoint() -> None:

@@ -2,7 +2,10 @@
 the configs of several processes."""
 
 import dataclasses
+import errno
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -177,6 +181,58 @@ def test_an_expected_error_of_a_run_is_one_line(monkeypatch: pytest.MonkeyPatch,
     assert refusal("--stage", "practice", "--output", "o") == f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on the disk (Safetensor"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), "No space left on the"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on the disk (OSError"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+    ],
+)
+def test_a_machine_without_room_is_one_line_wherever_it_shows(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    """Such as where the result is saved, after the steps."""
+
+    def fail(run: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(STAGES, "practice", (PracticeRun, fail))
+    assert refusal("--stage", "practice", "--output", "o").startswith(said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_what_is_safe_and_ends_with_the_signals_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    make_data(tmp_path / "data")
+    usual = StageTrainer.training_step
+
+    def signalled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), number)
+        return usual(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(base_command(tmp_path))
+    assert ended.value.code == 128 + number
+    assert "interrupted at step 3" in caplog.text
+    assert "checkpoint-2 is whole" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_runtime_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: Any) -> None:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setitem(STAGES, "practice", (PracticeRun, fail))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        main(["--stage", "practice", "--output", "o"])
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "practice", (PracticeRun, lambda run: vars(run)["fault"]))
     with pytest.raises(KeyError):
@@ -271,6 +327,17 @@ def test_an_incomplete_model_is_not_installed(tmp_path: Path, final: Path) -> No
     assert not list((tmp_path / "root").iterdir())
 
 
+def test_a_head_alone_on_a_base_of_this_machine_is_not_installed(tmp_path: Path, final: Path) -> None:
+    config = json.loads((final / "config.json").read_text())
+    (tmp_path / "base").mkdir()
+    config |= {"head_only_checkpoint": True, "base_model_name_or_path": str(tmp_path / "base")}
+    write(final / "config.json", json.dumps(config))
+    (tmp_path / "root").mkdir()
+    with pytest.raises(ValueError, match="holds a head alone, and its base"):
+        train_hf.install(final, tmp_path / "root")
+    assert not list((tmp_path / "root").iterdir())
+
+
 def test_the_first_process_alone_uploads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, practised: list[PracticeRun]
 ) -> None:
@@ -300,7 +367,7 @@ def make_data(folder: Path) -> Path:
 def base_command(tmp_path: Path, *more: str) -> list[str]:
     """A run of the base stage that takes a second."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_layers": 4, "num_heads": 4, "num_key_value_heads": 2}
-    steps = {"max_steps": 4, "rows_per_batch": 1, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "eval_rows": 2}
+    steps = {"max_steps": 4, "rows_per_batch": 1, "eval_steps": 2, "logging_steps": 1, "eval_rows": 2}
     options = {**sizes, **steps, "warm_share": 0.9, "output": tmp_path / "out", "data": tmp_path / "data"}
     return ["--stage", "base", *(part for name, value in options.items() for part in (f"--{name}", str(value))), *more]
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -124,6 +125,33 @@ def test_the_progress_of_the_run_reaches_the_draw() -> None:
     assert sorted(set(seen)) == [0.0, 0.25, 0.5, 0.75]
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
+def test_processes_that_take_turns_share_the_drawing(processes: int) -> None:
+    drawn: list[float] = []
+
+    def noting(rng: random.Random, progress: float) -> list[float]:
+        drawn.append(rng.random())
+        return drawn[-1:]
+
+    length = 2 * 16 * 256
+    batches: dict[int, list[list[float]]] = {}
+    for process in range(processes):
+        dataset = BlockDataset(noting, len, 1, length, seed=0)
+        batches |= {index: dataset[index] for index in range(process, length, processes)}
+    assert len(drawn) == len(set(drawn)) == length
+    whole = BlockDataset(noting, len, 1, length, seed=0)
+    assert [batches[index] for index in range(length)] == [whole[index] for index in range(length)]
+    assert {row for batch in batches.values() for (row,) in batch} == set(drawn)
+
+
+@given(st.integers(1, 40000))
+def test_all_rows_of_a_run_are_drawn_within_a_sixteenth_of_their_place(length: int) -> None:
+    dataset: BlockDataset[float] = BlockDataset(lambda rng, progress: progress, lambda row: 1.0, 1, length, seed=0)
+    for index in {0, length // 3, length // 2, length - 1}:
+        ((progress,),) = [dataset[index]]
+        assert 0 <= index / length - progress <= max(1 / 16, 15 / length)
+
+
 @given(st.lists(st.integers(1, 400), min_size=16, max_size=300))
 def test_groups_cover_everything_once_and_none_is_dear(costs: list[int]) -> None:
     costs.sort()
@@ -181,7 +209,7 @@ def test_a_long_warmup_is_refused(tmp_path: Path) -> None:
     [
         ({"optimizer": "sgd"}, "optimizer must be one of muon, adamw"),
         ({"schedule": "step"}, "schedule one of trapezoid"),
-        ({"save_steps": 3}, "multiple of eval_steps"),
+        ({"save_total_limit": 1}, "save_total_limit must be at least 2"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
     ],
 )
@@ -242,11 +270,100 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert_same(weights_of(trainer), at[1.0])
 
 
+def test_a_checkpoint_follows_each_evaluation(tmp_path: Path) -> None:
+    """Whatever `save_steps` says: the best weights could not be loaded otherwise."""
+    scores = iter([1.0, 3.0, 2.0])
+    trainer = stage(options(tmp_path, max_steps=6, eval_steps=2, save_steps=6), lambda: {"loss": next(scores)})
+    trainer.run()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 6)}
+    best = load_file(tmp_path / "checkpoint-2" / training.WEIGHTS_FILE)
+    assert all(torch.equal(weights_of(trainer)[name], tensor) for name, tensor in best.items())
+
+
+@pytest.mark.parametrize("step", [2, 6, 10])
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_any_checkpoint_can_be_gone_on_from(tmp_path: Path, step: int, elsewhere: bool) -> None:
+    whole = stage(options(tmp_path / "whole"))
+    whole.run()
+    chosen = tmp_path / "whole" / f"checkpoint-{step}"
+    output = tmp_path / "again"
+    if not elsewhere:
+        chosen = Path(shutil.copytree(chosen, output / chosen.name))
+    resumed = stage(options(output, resume_from=chosen))
+    trained = counted_steps(resumed)
+    resumed.run()
+    assert len(trained) == 12 - step
+    assert_same(weights_of(whole), weights_of(resumed))
+
+
+def test_a_checkpoint_to_go_on_from_must_be_whole_and_the_latest_of_its_folder(tmp_path: Path) -> None:
+    stage(options(tmp_path)).run()
+    with pytest.raises(TrainingError, match=r"holds checkpoint-12, which is later than .*checkpoint-4: leave out"):
+        stage(options(tmp_path, resume_from=tmp_path / "checkpoint-4")).run()
+    assert load_file(tmp_path / "checkpoint-12" / training.WEIGHTS_FILE)
+    (tmp_path / "checkpoint-4" / training.COMPLETE_FILE).unlink()
+    with pytest.raises(TrainingError, match=r"checkpoint-4 is no whole checkpoint: it has no complete\.json"):
+        stage(options(tmp_path / "other", resume_from=tmp_path / "checkpoint-4")).run()
+
+
+def counted_steps(trainer: StageTrainer) -> list[int]:
+    """Grows by one with each step that is trained."""
+    steps: list[int] = []
+    usual = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Tensor:
+        steps.append(trainer.state.global_step)
+        return usual(*args, **kwargs)
+
+    trainer.training_step = training_step  # type: ignore[method-assign]
+    return steps
+
+
+def getting_worse(run: RunOptions) -> StageTrainer:
+    """A run whose first evaluation is its best."""
+    trainer: StageTrainer = stage(run, lambda: {"loss": float(trainer.state.global_step)})
+    return trainer
+
+
 def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
     scores = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     trainer = stage(options(tmp_path, patience=2), lambda: {"loss": next(scores)})
     trainer.run()
     assert trainer.state.global_step == 6
+
+
+def test_early_stopping_goes_on_counting_after_an_interruption(tmp_path: Path) -> None:
+    whole = getting_worse(options(tmp_path / "whole", patience=3))
+    whole.run()
+    assert whole.state.global_step == 8
+    with pytest.raises(KeyboardInterrupt):
+        failing(getting_worse(options(tmp_path / "cut", patience=3)), 5, KeyboardInterrupt()).run()
+    resumed = getting_worse(options(tmp_path / "cut", patience=3))
+    resumed.run()
+    assert resumed.state.global_step == 8
+    assert_same(weights_of(whole), weights_of(resumed))
+
+
+def test_a_run_that_was_stopped_early_is_not_trained_further(tmp_path: Path) -> None:
+    first = getting_worse(options(tmp_path, patience=2))
+    first.run()
+    again = getting_worse(options(tmp_path, patience=2))
+    trained = counted_steps(again)
+    again.run()
+    assert not trained
+    assert again.state.global_step == 6
+    assert_same(weights_of(first), weights_of(again))
+    more = getting_worse(options(tmp_path, patience=4))
+    trained = counted_steps(more)
+    more.run()
+    assert trained == [6, 7, 8, 9]
+
+
+def test_patience_can_be_asked_for_later(tmp_path: Path) -> None:
+    getting_worse(options(tmp_path, max_steps=4)).run()
+    later = getting_worse(options(tmp_path, patience=2))
+    later.run()
+    assert later.state.global_step == 8
 
 
 def test_a_folder_with_checkpoints_is_refused_where_resume_is_off(tmp_path: Path) -> None:
@@ -279,7 +396,7 @@ def test_a_log_line_says_how_fast_and_what_dominates(tmp_path: Path) -> None:
 
 def test_metrics_are_means_over_all_rows_not_over_batches(tmp_path: Path) -> None:
     trainer = stage(options(tmp_path))
-    trainer.sums = {"error": [torch.tensor(3.0), torch.tensor(4.0)]}
+    trainer.sums = {"error": torch.tensor([3.0, 4.0])}
     logged: list[dict[str, float]] = []
     trainer.add_callback(_Listener(logged))
     trainer.log({"loss": 1.0})
@@ -293,6 +410,26 @@ class _Listener(training.EarlyStoppingCallback):
 
     def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
         self.logged.append(logs)
+
+
+def test_tokens_are_those_of_prompt_and_scaffold(tmp_path: Path) -> None:
+    class Canvas(Line):
+        def forward(self, scaffold_ids: Tensor, field_ids: Tensor, **inputs: Tensor) -> ModelOutput:  # type: ignore[override]
+            return super().forward(**inputs)
+
+    def with_canvas(rows: list[list[float]]) -> dict[str, Tensor]:
+        canvas = torch.zeros(len(rows), 50, dtype=torch.long)
+        return collate(rows) | {"scaffold_ids": canvas, "field_ids": canvas}
+
+    run = options(tmp_path, max_steps=1)
+    dataset = BlockDataset(draw, len, 4, 1, 0)
+    trainer = StageTrainer(Canvas(), run, dataset, with_canvas)
+    counts: list[tuple[int, int]] = []
+    usual = trainer.throughput.count
+    trainer.throughput.count = lambda rows, tokens: (counts.append((rows, tokens)), usual(rows, tokens))[1]  # type: ignore[func-returns-value, method-assign]
+    trainer.run()
+    shape = collate(dataset[0])["input_ids"].shape
+    assert counts == [(shape[0], shape.numel() + shape[0] * 50)]
 
 
 def test_throughput_starts_anew_after_each_line() -> None:
@@ -344,6 +481,32 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch
     assert_same(weights_of(whole), weights_of(resumed))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_disk_that_is_full_before_the_optimizer_is_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = torch.save
+
+    def full(state: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        usual(state, "/dev/full" if "checkpoint-6" in str(path) else path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"No space left.*checkpoint-4 is whole"):
+        stage(options(tmp_path)).run()
+
+
+def test_a_disk_that_is_full_at_the_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, path: str) -> None:
+        if "checkpoint" not in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        usual(self, path)
+
+    usual = training.TrainerState.save_to_json
+    monkeypatch.setattr(training.TrainerState, "save_to_json", full)
+    with pytest.raises(TrainingError, match=r"No space left.*checkpoint-12 is whole"):
+        stage(options(tmp_path)).run()
+
+
 def test_an_interruption_says_where_to_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KeyboardInterrupt):
         failing(stage(options(tmp_path)), 5, KeyboardInterrupt()).run()
@@ -351,11 +514,44 @@ def test_an_interruption_says_where_to_go_on(tmp_path: Path, caplog: pytest.LogC
     assert "checkpoint-4 is whole" in caplog.text
 
 
+def test_an_interrupted_run_that_began_elsewhere_goes_on_from_its_own_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage(options(tmp_path / "first", max_steps=2)).run()
+    run = options(tmp_path / "second", resume_from=tmp_path / "first" / "checkpoint-2")
+    with pytest.raises(KeyboardInterrupt):
+        failing(stage(run), 5, KeyboardInterrupt()).run()
+    assert "checkpoint-4 is whole, and the same command without resume_from goes on from it" in caplog.text
+
+
 def test_a_diverged_run_ends(tmp_path: Path) -> None:
     trainer = stage(options(tmp_path))
     trainer.model.sum.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"the run diverged\. Lower lr"):
         trainer.run()
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_diverged_model_is_never_saved(tmp_path: Path, evaluated: bool) -> None:
+    """Though no log line falls between the step that diverges and its checkpoint."""
+    run = options(tmp_path, logging_steps=5)
+    trainer = getting_worse(run) if evaluated else stage(run)
+    usual = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Tensor:
+        loss = usual(*args, **kwargs)
+        if trainer.state.global_step == 7:
+            trainer.model.sum.weight.grad.fill_(float("nan"))
+        return loss
+
+    trainer.training_step = training_step  # type: ignore[method-assign]
+    with pytest.raises(
+        TrainingError, match=r"weights are not finite at step 8: the run diverged.*checkpoint-6 is whole"
+    ):
+        trainer.run()
+    assert not (tmp_path / "checkpoint-8").exists()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / training.WEIGHTS_FILE).values())
 
 
 def test_other_errors_are_not_renamed(tmp_path: Path) -> None:
@@ -376,12 +572,17 @@ def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None
 # ---------------------------------------------------------------------- several processes
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    """Two gloo processes on one batch each against one process that accumulates two."""
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two gloo processes made, each on one batch of every step."""
+    import two_processes as program
+
+    folder = tmp_path_factory.mktemp("processes")
+    program.save_base(folder / "base")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(tmp_path / "two")]
+    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
     shared = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "MASTER_ADDR": "127.0.0.1",
@@ -396,11 +597,54 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path) -> N
     for process in processes:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors.decode()[-2000:]
-    one = stage(options(tmp_path / "one", max_steps=4, gradient_accumulation_steps=2))
+    return folder
+
+
+def logged(output: Path, name: str) -> list[float]:
+    history = json.loads((output / training.STATE_FILE).read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(two_processes: Path, tmp_path: Path) -> None:
+    """The other one accumulates two batches."""
+    one = stage(options(tmp_path, max_steps=4, gradient_accumulation_steps=2))
     one.run()
-    two = load_file(tmp_path / "two" / "checkpoint-4" / training.WEIGHTS_FILE)
+    two = load_file(two_processes / "two" / "checkpoint-4" / training.WEIGHTS_FILE)
     for name, tensor in two.items():
         torch.testing.assert_close(tensor, weights_of(one)[name], rtol=1e-5, atol=1e-6)
-    history = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["loss"] for entry in one.state.log_history if "loss" in entry]
-    assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses, rel=1e-2)
+    for name in ("loss", "error"):
+        assert logged(two_processes / "two", name) == pytest.approx(logged(tmp_path, name), rel=1e-2)
+
+
+def test_two_processes_log_the_rows_and_tokens_of_both(two_processes: Path) -> None:
+    """Rates over time would tell nothing here, but one process alone has another number of tokens for a row."""
+    rates = zip(*(logged(two_processes / "two", f"{name}_per_second") for name in ("tokens", "rows")), strict=True)
+    run = options(two_processes, max_steps=4)
+    dataset = BlockDataset(draw, len, run.rows_per_batch, 8, run.seed)
+    for step, (tokens, rows) in enumerate(rates):
+        batches = [collate(dataset[index])["input_ids"] for index in (2 * step, 2 * step + 1)]
+        assert tokens / rows == pytest.approx(sum(map(torch.numel, batches)) / sum(map(len, batches)), rel=0.05)
+
+
+def test_two_processes_train_the_head_as_one_does(
+    two_processes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With noise of each example, own drafts, evaluation, early stop and the best checkpoint."""
+    import two_processes as program
+
+    program.train_head(two_processes / "base", tmp_path, patch=monkeypatch.setattr, gradient_accumulation_steps=2)
+    output = two_processes / "two_head"
+    for name in ("loss", "diffusion_loss", "eval_seen_loss"):
+        assert len(logged(output, name)) == len(logged(tmp_path, name)) == (2 if "eval" in name else 4)
+        assert logged(output, name) == pytest.approx(logged(tmp_path, name), rel=2e-3)
+    for step in (2, 4):
+        file = Path(f"checkpoint-{step}", training.WEIGHTS_FILE)
+        one, two = load_file(tmp_path / file), load_file(output / file)
+        for name, tensor in two.items():
+            torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)
+    best, last = (load_file(output / f"checkpoint-{step}" / training.WEIGHTS_FILE) for step in (2, 4))
+    for rank in range(2):
+        held = load_file(two_processes / f"head_of_{rank}.safetensors")
+        for name, tensor in held.items():
+            assert torch.equal(tensor.bfloat16(), best[f"diffusion_head.{name}"].bfloat16())
+        assert any(not torch.equal(t.bfloat16(), last[f"diffusion_head.{name}"].bfloat16()) for name, t in held.items())

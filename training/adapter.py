@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from repo_package import load_repo_module
 
 from .head import ObjectiveRun, fit_head
+from .stage_model import loading_arguments
 
 modeling = load_repo_module("modeling_smollm_diffusion")
 
@@ -66,7 +67,9 @@ def train_adapter(run: AdapterRun, tokenizer: PreTrainedTokenizerFast) -> Any:
     """
     if not run.model:
         raise ValueError("An adapter is added to a model with a trained head: pass --model with its folder or repo.")
-    model = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    model = modeling.SmolLMDiffusionForCausalLM.from_pretrained(
+        run.model, **loading_arguments(run.quantization, run.bf16)
+    )
     if not model.has_draft_adapter:
         torch.manual_seed(run.seed)
         model.add_draft_adapter(

@@ -16,16 +16,8 @@ from transformers.utils import ModelOutput
 
 from repo_package import ROOT
 
-from .data import (
-    DEFAULT_DATA,
-    PromptStyle,
-    Row,
-    RowStream,
-    dev_records,
-    evaluation_rows,
-    held_out_records,
-    is_simple,
-)
+from .data import DEFAULT_DATA, PromptStyle, Row, RowStream
+from .head_evaluation import evaluation_sets
 from .trainer import BlockDataset, RunOptions, StageTrainer, Sums, world_size
 
 logger = logging.getLogger(__name__)
@@ -58,7 +50,7 @@ class BaseRun(RunOptions):
         prompt_weight: loss weight of a predicted prompt position against one of the reply.
         follow_ups: most further requests on the tools of one row.
         talk_weight: multiplies the weights of the sources that want no call (refusals and chat).
-        eval_rows: rows of each evaluation set used while training.
+        eval_rows: most rows of each evaluation set used while training; 0 = no evaluation.
     """
 
     max_steps: int = 1500
@@ -344,14 +336,7 @@ def train_base(run: BaseRun, tokenizer: PreTrainedTokenizerFast) -> SmolLM3ForCa
     """
     objective = BaseObjective(start_weights(run, tokenizer))
     stream, dataset = training_set(run, tokenizer)
-    folders = run.data or [DEFAULT_DATA]
-    simple = [record for record in dev_records(folders[0]) if is_simple(record)]
-    sets = {
-        "seen": evaluation_rows(held_out_records(folders[0])[: run.eval_rows], tokenizer),
-        "unseen": evaluation_rows(simple[:: max(1, len(simple) // run.eval_rows)], tokenizer),
-    }
-
-    sets = {name: rows for name, rows in sets.items() if rows}
+    sets = evaluation_sets(run.data or [DEFAULT_DATA], tokenizer, run.eval_rows)
 
     def measure() -> dict[str, float]:
         pad_id = tokenizer.pad_token_id

@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ __all__ = [
     "SingleCall",
     "build_row",
     "dev_records",
-    "easier",
     "evaluation_rows",
     "held_out_records",
     "is_simple",
@@ -207,21 +206,18 @@ class SingleCall:
     arguments: Record
 
 
-def held_out_records(data: Path | Sequence[Path], count: int = 200) -> list[Record]:
+def held_out_records(data: Path, count: int = 200) -> list[Record]:
     """The evaluation set of seen tools and unseen requests: one turn, one call with arguments, chosen by a hash of
     the id.
 
     Args:
-        data: folder with `train/`, or several of them. Lines that are no records are left out here; it is `RowStream`
-            that refuses them.
+        data: folder with `train/`. Lines that are no records are left out here; it is `RowStream` that refuses them.
         count: how many.
 
     Returns:
         The records, in the order of their hashes.
     """
-    paths = [
-        path for source in HELD_OUT_SOURCES for folder in folders_of(data) for path in _paths(folder, f"train/{source}")
-    ]
+    paths = [path for source in HELD_OUT_SOURCES for path in _paths(data, f"train/{source}")]
     candidates: list[tuple[str, Any, int]] = []
     for dataset in (load_file(path, "skip").dataset for path in paths):
         columns = encoded_columns(dataset)
@@ -235,6 +231,12 @@ def held_out_records(data: Path | Sequence[Path], count: int = 200) -> list[Reco
         if len(found) == count:
             break
     return found
+
+
+def held_out_requests(data: Path | Sequence[Path]) -> list[str]:
+    """What the users say in the evaluation sets of all folders: whichever of them a model is measured on, training must
+    not have seen it."""
+    return [record["messages"][-1]["content"] for folder in folders_of(data) for record in held_out_records(folder)]
 
 
 def dev_records(data: Path) -> list[Record]:
@@ -403,7 +405,7 @@ class RowStream:
             raise ValueError(f"negative_share is a share: give a number from 0 to 1, not {self.negative_share}.")
         files = source_files(self.data)
         weights = self._weights(files)
-        held_out = {normal_text(record["messages"][-1]["content"]) for record in held_out_records(self.data)}
+        held_out = set(map(normal_text, held_out_requests(self.data)))
         dropped = _dropped(self.leave_out)
         parts: list[Any] = []
         pools: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
@@ -568,7 +570,7 @@ def tokenizer_texts(data: Path | Sequence[Path], per_source: int = 3000, seed: i
     """
     # The literals of JSON are rare in requests but occur in any schema: often enough here, each becomes one token.
     yield "true false null " * 2000
-    banned = {text_key(record["messages"][-1]["content"]) for record in held_out_records(data)}
+    banned = set(map(text_key, held_out_requests(data)))
     rng = random.Random(seed)
     for path in (path for paths in source_files(data).values() for path in paths):
         dataset = load_file(path).dataset
@@ -673,8 +675,3 @@ def _choose_tools(tools: list[Record], needed: set[str], style: PromptStyle, rng
     chosen = kept + rng.sample(others, min(rng.randint(least, max(room, least)), len(others)))
     rng.shuffle(chosen)
     return [{"type": "function", "function": shorten(tool["function"], style.description_chars)} for tool in chosen]
-
-
-def easier(style: PromptStyle, max_tools: int, description_chars: int, max_prompt_tokens: int) -> PromptStyle:
-    """The style of an earlier stage of the curriculum."""
-    return replace(style, max_tools=max_tools, description_chars=description_chars, max_prompt_tokens=max_prompt_tokens)

@@ -24,6 +24,9 @@ from repo_package import load_repo_module
 
 from .augmentation import Augmentation
 from .data import DEFAULT_DATA, EVALUATION_STYLE, Row, RowStream
+from .records import OnError
+from .stage_model import check_quantization, left_padded, loading_arguments, on_device, rates
+from .trainer import Throughput, world_size
 
 modeling = load_repo_module("modeling_smollm_diffusion")
 configuration = load_repo_module("configuration_smollm_diffusion")
@@ -50,6 +53,10 @@ class DecisionRun:
         output: folder of the result, `output/final`.
         model: folder or repo of the model.
         data: folders with `train/`; empty = the one beside the repository.
+        leave_out: file of records that are not drawn, as `python -m training.audit overlap --drop` writes it.
+        on_error: what to do with lines of record files that are no records: "refuse" or "skip".
+        quantization: "4bit" or "8bit" scores the prompts on a base loaded so, with bitsandbytes; "none" in float32.
+            What is saved stays as it was found.
         probe: fit a `decision_head`; otherwise P(call) is the base's probability of a call's first token.
         calls: prompts that want a call; as many want none.
         min_relevance, min_irrelevance: part of the wanted calls that must be made, and of the other requests that must
@@ -63,6 +70,9 @@ class DecisionRun:
     output: Path
     model: str
     data: list[Path] = field(default_factory=list)
+    leave_out: Path | None = None
+    on_error: OnError = "refuse"
+    quantization: str = "none"
     probe: bool = False
     calls: int = 600
     min_relevance: float = 0.0
@@ -73,6 +83,9 @@ class DecisionRun:
     push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
+        check_quantization(self.quantization)
+        if world_size() > 1:
+            raise ValueError("The decision is one process's work: start this command without torchrun.")
         for name in ("calls", "rows_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -163,6 +176,7 @@ def decision_scores(
     call, pad = tokenizer.convert_tokens_to_ids(tokenization.TOOL_CALL_TOKEN), tokenizer.pad_token_id
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
     parts: list[list[Tensor]] = []
+    throughput = Throughput()
     with tqdm(total=len(rows), desc="decisions", unit="prompt") as progress:
         for start in range(0, len(order), rows_per_batch):
             prompts = [rows[index].prompt_ids for index in order[start : start + rows_per_batch]]
@@ -171,6 +185,8 @@ def decision_scores(
             base = model.call_probability(logits, None, call)
             parts.append([part.cpu() for part in (chance, base, logits.argmax(-1) == call, hidden.float())])
             progress.update(len(prompts))
+            throughput.count(rows=len(prompts), tokens=sum(map(len, prompts)))
+    logger.info("prompts scored: %s", rates(throughput))
     back = torch.tensor(order).argsort()
     chances, bases, base_calls, hidden = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     return DecisionScores(chances, bases, base_calls, torch.tensor([bool(row.calls) for row in rows]), hidden)
@@ -178,15 +194,11 @@ def decision_scores(
 
 def _ends(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Logits [rows, vocab] and last hidden states [rows, width] of the base behind prompts."""
-    width = max(map(len, prompts))
-    ids, mask = torch.full((len(prompts), width), pad), torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = left_padded(prompts, pad, model.device)
     output = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(model.device),
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
         use_cache=False,
         output_hidden_states=True,
         logits_to_keep=1,
@@ -398,8 +410,8 @@ def train_decision(run: DecisionRun, tokenizer: PreTrainedTokenizerFast) -> Any:
     if run.threads:
         torch.set_num_threads(run.threads)
     rows = draw_decisions(decision_stream(run, tokenizer), run.calls, random.Random(run.seed))
-    scored = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.model, dtype=torch.float32)
-    scored.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    scored = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.model, **loading_arguments(run.quantization))
+    on_device(scored).eval()
     scores = decision_scores(scored, rows, tokenizer, run.rows_per_batch)
     probe, chances = None, scores.base_probabilities
     if run.probe:
@@ -431,6 +443,8 @@ def decision_stream(run: DecisionRun, tokenizer: PreTrainedTokenizerFast) -> Row
         run.data or DEFAULT_DATA,
         tokenizer,
         keep=poses_decision,
+        leave_out=run.leave_out,
+        on_error=run.on_error,
         talk_weight=TALK_WEIGHT,
         augmentation=Augmentation.none(),
         negative_share=0.5,

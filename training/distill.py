@@ -6,6 +6,7 @@ call is a better target than the gold one. Takes rows of one call; gives records
 the base's, with its distributions beside it. Knows the grammar of calls; trains nothing itself.
 """
 
+import hashlib
 import json
 import logging
 import random
@@ -25,10 +26,20 @@ from transformers import PreTrainedTokenizerFast
 from repo_package import load_repo_module
 
 from .base import draw_style
-from .data import DEFAULT_DATA, Record, Row, RowStream, SingleCall, is_simple, read_records, single_call, write_records
+from .data import DEFAULT_DATA, Record, Row, RowStream, SingleCall, read_records, single_call, write_records
 from .features import base_digest
-from .head import MAX_SCAFFOLD, HeadExample, ObjectiveRun, canvas_example, draw_canvas, fit_head
-from .trainer import world_size
+from .head import (
+    MAX_SCAFFOLD,
+    HeadExample,
+    ObjectiveRun,
+    call_stream,
+    canvas_example,
+    draw_canvas,
+    first_example,
+    fit_head,
+)
+from .stage_model import left_padded, loading_arguments, on_device, rates
+from .trainer import Throughput, world_size
 
 modeling = load_repo_module("modeling_smollm_diffusion")
 generation = load_repo_module("generation_smollm_diffusion")
@@ -51,6 +62,7 @@ _ARRAY_BUDGET = 4  # of the layout that says whether the head can draft a call a
 _BEFORE_ARGUMENTS = b'", "arguments": '
 
 PARTS = "parts"
+MARK = "run.json"
 PART_ROWS = 256
 """Rows of one part file: what an interrupted run loses at most."""
 
@@ -135,7 +147,8 @@ class BaseTeacher:
         """Reply tokens and arguments of each task's call, or why it is no target."""
         if not tasks:
             return []
-        ids, mask = self._padded([task.row.prompt_ids for task in tasks])
+        prompts = [task.row.prompt_ids for task in tasks]
+        ids, mask = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         output = self.model.generate(
             ids,
             attention_mask=mask,
@@ -168,23 +181,14 @@ class BaseTeacher:
             return "spelled otherwise"
         return reply, arguments
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask [rows, width], padded on the left."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, width - len(row) :] = torch.tensor(row)
-            mask[index, width - len(row) :] = 1
-        return ids.to(self.model.device), mask.to(self.model.device)
-
     # --------------------------------------------------------------- how sure it is
 
     def _logits(self, calls: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
         """[reply, vocab] of each (prompt, reply): the logits in front of each reply token, in one forward."""
         if not calls:
             return []
-        ids, mask = self._padded([[*prompt, *reply] for prompt, reply in calls])
+        rows = [[*prompt, *reply] for prompt, reply in calls]
+        ids, mask = left_padded(rows, self.tokenizer.pad_token_id, self.model.device)
         logits = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -393,7 +397,14 @@ RowDraw = Callable[[random.Random], Row]
 """Makes one row; a pure function of its source of randomness."""
 
 
-def write_targets(teacher: BaseTeacher, draw: RowDraw, output: Path, count: int, rows_per_batch: int) -> Counter[str]:
+def write_targets(
+    teacher: BaseTeacher,
+    draw: RowDraw,
+    output: Path,
+    count: int,
+    rows_per_batch: int,
+    origin: Mapping[str, Any] | None = None,
+) -> Counter[str]:
     """Write the base's calls for drawn rows as a data folder; a part-written run goes on where it was.
 
     Rows are drawn by their numbers alone, so that runs with different seeds learn from the same ones.
@@ -404,21 +415,29 @@ def write_targets(teacher: BaseTeacher, draw: RowDraw, output: Path, count: int,
         output: folder of the result, which is in `train/base_calls.jsonl.gz`.
         count: rows that are drawn; those without a target are left out.
         rows_per_batch: rows of one forward of the base.
+        origin: what decides the rows beside their number; a folder that is filled from elsewhere is refused.
 
     Returns:
         Counts: "kept", "as gold" (of those), and the reasons of what was left out.
 
     Raises:
-        ValueError: the folder holds calls of another base or another number of rows, or no row has a target.
+        ValueError: the folder holds calls of another base or for other rows, or calls of which nothing says whose they
+            are, or no row has a target.
     """
-    _claim(output / PARTS, {"count": count, "base": base_digest(teacher.model.base)})
+    if (output / TARGETS_FILE).exists() and not (output / PARTS / MARK).exists():
+        raise ValueError(
+            f"{output} has no {PARTS}/ beside {TARGETS_FILE}, so nothing says which base wrote these calls, and for "
+            "which rows: copy it from where they were written, or use another folder."
+        )
+    claim(output / PARTS, {"count": count, "base": base_digest(teacher.model.base), **(origin or {})})
     paths = [output / PARTS / f"{start:08}.jsonl.gz" for start in range(0, count, PART_ROWS)]
     if not (output / TARGETS_FILE).exists():
+        throughput = Throughput()
         with tqdm(total=count, desc="calls of the base", unit="row") as progress:
             for number, path in enumerate(paths):
                 rows = range(number * PART_ROWS, min((number + 1) * PART_ROWS, count))
                 if not path.exists():
-                    found = _part(teacher, draw, rows, rows_per_batch)
+                    found = _part(teacher, draw, rows, rows_per_batch, throughput)
                     _tally_of(path).write_text(json.dumps(_tally(found)), encoding="utf-8")
                     write_records(path, (target for target in found if not isinstance(target, str)))
                 progress.update(len(rows))
@@ -432,17 +451,33 @@ def write_targets(teacher: BaseTeacher, draw: RowDraw, output: Path, count: int,
     return counts
 
 
-def _claim(parts: Path, options: dict[str, Any]) -> None:
-    """Mark a folder of parts as that of a run with these options."""
-    mark = parts / "run.json"
-    if not mark.exists():
-        parts.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(options), encoding="utf-8")
-    elif (known := json.loads(mark.read_text(encoding="utf-8"))) != options:
-        raise ValueError(f"{parts} is of a run with {known}, not {options}: use another folder, or remove this one.")
+def claim(folder: Path, options: Mapping[str, Any]) -> None:
+    """Mark a folder as that of a run with these options.
+
+    Args:
+        folder: need not exist.
+        options: what decides the results that are kept there, as JSON holds it.
+
+    Raises:
+        ValueError: it is of a run with other options, or holds something that is of no known run.
+    """
+    mark = folder / MARK
+    if mark.exists():
+        known = json.loads(mark.read_text(encoding="utf-8"))
+        differing = sorted(name for name in {*known, *options} if known.get(name) != options.get(name))
+        if differing:
+            shown = ", ".join(f"{name} {known.get(name)!r}, not {options.get(name)!r}" for name in differing)
+            raise ValueError(f"{folder} is of a run with {shown}: use another folder, or remove this one.")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} does not say what it is of: use another folder, or remove this one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(dict(options)), encoding="utf-8")
 
 
-def _part(teacher: BaseTeacher, draw: RowDraw, numbers: Sequence[int], rows_per_batch: int) -> list[Record | str]:
+def _part(
+    teacher: BaseTeacher, draw: RowDraw, numbers: Sequence[int], rows_per_batch: int, throughput: Throughput
+) -> list[Record | str]:
     """Targets of rows by their numbers, prompts of similar length side by side."""
     rows = [draw(random.Random(f"targets/{number}")) for number in numbers]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt_ids))
@@ -452,6 +487,8 @@ def _part(teacher: BaseTeacher, draw: RowDraw, numbers: Sequence[int], rows_per_
         for index, target in zip(group, teacher.targets([rows[index] for index in group]), strict=True):
             # A record may be drawn more than once, with other tools beside the called one.
             found[index] = target if isinstance(target, str) else {**target, "id": f"{target['id']}#{numbers[index]}"}
+        throughput.count(rows=len(group), tokens=sum(len(rows[index].prompt_ids) for index in group))
+    logger.info("calls of the base: %s", rates(throughput))
     return found
 
 
@@ -477,7 +514,7 @@ class DistillRun(ObjectiveRun):
     Args:
         model: folder or repo of the model whose head is trained further, on the calls of its own base.
         targets: folder of the base's calls; None = `targets` in `output`. It is filled first, and taken as it is where
-            it is full.
+            it is full of calls of the same base for the same rows, as its `parts/` says.
         target_rows: prompts that the base writes a call for.
         target_batch: prompts of one forward of the base.
         distill_weight: part of the cross-entropy that is taken with the base's distribution where it is known; the
@@ -524,12 +561,28 @@ def distill(run: DistillRun, tokenizer: PreTrainedTokenizerFast) -> Any:
     """
     if not run.model:
         raise ValueError("Distillation goes on from a model with a trained head: pass --model with its folder or repo.")
-    model = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.model, dtype=torch.float32)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    teacher = BaseTeacher(model, tokenizer)
-    write_targets(teacher, _Rows(run, tokenizer), run.folder, run.target_rows, run.target_batch)
+    model = modeling.SmolLMDiffusionForCausalLM.from_pretrained(
+        run.model, **loading_arguments(run.quantization, run.bf16)
+    )
+    return fit_to_base(model, run, tokenizer)
+
+
+def fit_to_base(model: Any, run: DistillRun, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Let the base write its calls and train the head on them, as `fit_head` does on gold ones.
+
+    Args:
+        model: in float32, its base may be quantised.
+        run: the options.
+        tokenizer: tokenizer of the model.
+
+    Returns:
+        The trained model.
+    """
+    teacher = BaseTeacher(on_device(model).eval(), tokenizer)
+    rows = _Rows(run, tokenizer)
+    write_targets(teacher, rows, run.folder, run.target_rows, run.target_batch, rows.origin())
     model.config.distill_weight = run.distill_weight
-    return fit_head(model, run, tokenizer, TargetExamples(run.folder, teacher.vocabulary, model.config, tokenizer))
+    return fit_head(model, run, tokenizer, TargetExamples(run, teacher.vocabulary, model.config, tokenizer))
 
 
 class _Rows:
@@ -541,46 +594,51 @@ class _Rows:
     def __call__(self, rng: random.Random) -> Row:
         return self._stream.draw(draw_style(rng, rng.random()), rng)
 
+    def origin(self) -> dict[str, Any]:
+        """What decides the rows, wherever the data are: digests of files' names and sizes and of what is left out."""
+        run = self.run
+        files = [path for folder in run.data or [DEFAULT_DATA] for path in sorted((folder / "train").glob("*"))]
+        left_out = b"" if run.leave_out is None else run.leave_out.read_bytes()
+        data = json.dumps([[path.name, path.stat().st_size] for path in files]).encode()
+        found = {
+            name: hashlib.sha256(part).hexdigest()[:16] for name, part in (("data", data), ("leave_out", left_out))
+        }
+        return found | {"on_error": run.on_error}
+
     @cached_property
     def _stream(self) -> RowStream:
-        run = self.run
-        return RowStream(
-            run.data or DEFAULT_DATA, self.tokenizer, keep=is_simple, leave_out=run.leave_out, on_error=run.on_error
-        )
+        return call_stream(self.run, self.tokenizer)
 
 
 class TargetExamples:
     """Examples of the base's calls.
 
     Args:
-        folder: what `write_targets` has filled.
+        run: the options; `write_targets` has filled its folder.
         vocabulary: of the tokenizer.
         config: the model's config: ids of MASK and NULL, weights of the objective.
         tokenizer: of the model.
     """
 
-    def __init__(self, folder: Path, vocabulary: Any, config: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.vocabulary, self.config, self.tokenizer = vocabulary, config, tokenizer
+    def __init__(self, run: DistillRun, vocabulary: Any, config: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.run, self.vocabulary, self.config, self.tokenizer = run, vocabulary, config, tokenizer
         # They stay text until they are drawn: parsed, they need many times the memory.
-        self.lines = [json.dumps(record).encode() for record in read_records(folder / TARGETS_FILE)]
+        self.lines = [json.dumps(record).encode() for record in read_records(run.folder / TARGETS_FILE)]
 
     def __call__(self, rng: random.Random, progress: float) -> HeadExample:
         """Draw an example with the prompt exactly as the base saw it."""
-        while True:
-            example = self._example(json.loads(rng.choice(self.lines)), rng)
-            if example is not None and len(example.scaffold_ids) <= MAX_SCAFFOLD:
-                return example
+        return first_example(lambda: (None, self._example(json.loads(rng.choice(self.lines)), rng)))[1]
 
     def _example(self, record: Record, rng: random.Random) -> HeadExample | None:
-        """The example of a record, or None where the call does not fit the drawn budgets."""
+        """The example of a record, or None where the call does not fit the drawn budgets or the canvas is too long."""
         prompt_ids = shown_prompt(self.tokenizer, record["messages"], record["tools"])
         (call,) = record["calls"]
         (tool,) = (tool for tool in record["tools"] if tool["function"]["name"] == call["name"])
         single = SingleCall(prompt_ids, tool["function"]["parameters"], call["name"], call["arguments"])
-        drawn = draw_canvas(single, self.vocabulary, self.config, rng)
-        if drawn is None:
+        drawn = draw_canvas(single, self.vocabulary, self.config, rng, self.run.budgets == "fixed")
+        if drawn is None or len(drawn[0].token_ids) > MAX_SCAFFOLD:
             return None
-        example = canvas_example(prompt_ids, *drawn, self.config, rng)
+        example = canvas_example(prompt_ids, *drawn, self.config, rng, self.run.tail_share)
         if self.config.distill_weight == 0:
             return example
         null_id, layout = self.config.null_token_id, drawn[0].layout

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 SHARD_PROMPTS = 64
 """Prompts of one file: what an interrupted run computes again at most."""
-
+LOCK_FILE = ".lock"
+"""Held by the process that removes and writes files of a folder."""
 
 HEADS = ("diffusion_head.", "decision_head.")
 """Parts of a model that its features do not depend on, by the beginning of their parameters' names."""
@@ -74,7 +76,8 @@ class FeatureCache:
     def ensure(self, prompts: Iterable[Sequence[int]]) -> None:
         """Compute what is missing of these prompts; whole shards that are there are read, all others made anew.
 
-        Files of other prompts in the folder of this base are removed, so that it holds one set of prompts.
+        Files of other prompts in the folder of this base are removed, so that it holds one set of prompts. Of several
+        processes one computes, and the others wait for it and read.
 
         Args:
             prompts: token ids without padding.
@@ -90,16 +93,18 @@ class FeatureCache:
         paths = [
             self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.safetensors" for keys in shards
         ]
-        for stale in set(self.folder.iterdir()) - set(paths):
-            stale.unlink(missing_ok=True)
-        self._check_space(known, shards, paths)
-        start = time.perf_counter()
-        for keys, path in zip(tqdm(shards, desc="features", unit="shard", disable=None), paths, strict=True):
-            if not _whole(path, keys):
-                self._write(path, {key: known[key] for key in keys})
-            handle = safe_open(path, framework="pt")
-            self._shard_of.update(dict.fromkeys(keys, handle))
-        self.build_seconds = time.perf_counter() - start
+        lock = self.folder / LOCK_FILE
+        with FileLock(lock):
+            for stale in set(self.folder.iterdir()) - {*paths, lock}:
+                stale.unlink(missing_ok=True)
+            self._check_space(known, shards, paths)
+            start = time.perf_counter()
+            for keys, path in zip(tqdm(shards, desc="features", unit="shard", disable=None), paths, strict=True):
+                if not _whole(path, keys):
+                    self._write(path, {key: known[key] for key in keys})
+                handle = safe_open(path, framework="pt")
+                self._shard_of.update(dict.fromkeys(keys, handle))
+            self.build_seconds = time.perf_counter() - start
         held = sum(path.stat().st_size for path in paths)
         logger.info("features of %d prompts, %.1f MiB, in %s", len(known), held / 2**20, self.folder)
 

@@ -19,9 +19,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from repo_package import load_repo_module
 
 from .base import draw_style
-from .data import DEFAULT_DATA, Row, RowStream, SingleCall, is_simple, single_call
+from .data import DEFAULT_DATA, MAX_MISSES, Row, RowStream, SingleCall, is_simple, single_call
 from .features import FeatureCache
 from .head_evaluation import HeadEvaluation, evaluation_sets
+from .records import RecordError
+from .stage_model import check_quantization, loading_arguments, on_device, to_saved_precision, trained_beside_its_base
 from .trainer import BlockDataset, RunOptions, StageTrainer, Sums, world_size
 
 modeling = load_repo_module("modeling_smollm_diffusion")
@@ -38,9 +40,7 @@ NUMBER_BUDGETS = (8, 12, 12)
 ARRAY_BUDGETS = (2, 4, 4)
 """Budgets are drawn from these whatever the gold value's length, so that a slot's width tells nothing about it, and
 anew whenever a record is drawn, so that no width belongs to a record."""
-
-TAIL_SHARE = 0.15
-"""Part of the NULLs behind a value's end that is scored."""
+BUDGETS = ("drawn", "fixed")
 
 MAX_SCAFFOLD = 320
 """Canvases of more positions are drawn past."""
@@ -60,6 +60,9 @@ class ObjectiveRun(RunOptions):
         constraint_loss_weight: the objective, as in the model's config. Plain cross-entropy is the default, since it
             keeps confidences calibrated, and it is confidence that the remasking reads.
         own_draft_share: part of the noise draws in which some of the tokens in place are what the head drafts itself.
+        tail_share: part of the NULLs behind a value's end that is scored.
+        budgets: widths of slots: "drawn" anew for every example, or "fixed" to those of the model's config.
+        quantization: "4bit" or "8bit" loads the frozen base so, with bitsandbytes; "none" in float32.
         head_only: save the head alone; loading then fetches the base from where the model's config points.
         eval_rows: held-out requests of each set that the loss and one-step drafts are measured on.
         acceptance_rows: of those, how many are generated to see what the base accepts.
@@ -73,14 +76,21 @@ class ObjectiveRun(RunOptions):
     label_smoothing: float = 0.0
     constraint_loss_weight: float = 0.0
     own_draft_share: float = 0.0
+    tail_share: float = 0.15
+    budgets: str = "drawn"
+    quantization: str = "none"
     head_only: bool = False
     eval_rows: int = 64
     acceptance_rows: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.own_draft_share <= 1:
-            raise ValueError(f"own_draft_share must be from 0 to 1, got {self.own_draft_share}.")
+        check_quantization(self.quantization)
+        for name in ("own_draft_share", "tail_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
+        if self.budgets not in BUDGETS:
+            raise ValueError(f"budgets must be one of {', '.join(BUDGETS)}, got {self.budgets!r}.")
         if self.noise_samples < 1:
             raise ValueError(f"noise_samples must be at least 1, got {self.noise_samples}.")
         if self.null_loss_weight <= 0:
@@ -96,20 +106,27 @@ class HeadRun(ObjectiveRun):
 
     Args:
         base: folder or repo of the frozen base.
+        head_from: folder or repo of a trained model whose head is the start, such as that on an earlier base; None =
+            fresh weights.
         head_hidden_size, head_num_layers, head_num_heads: size of the head.
         field_mask, scaffold_features: what slots see of each other, and whether the base reads the scaffold too, as in
             the model's config.
+        max_value_tokens, max_call_tokens: where a generated value and a generated call come to an end, as in the
+            model's config; the less a base writes on purpose, the earlier its runaway values should end.
         feature_cache: folder for features of the base, computed once; None = the base is run in every step. It saves
             nothing where `scaffold_features` is "base", since the base then reads the prompt with the scaffold.
         cached_prompts: with a feature cache, size of the fixed set of prompts that is trained on.
     """
 
     base: str = ""
+    head_from: str | None = None
     head_hidden_size: int = 256
     head_num_layers: int = 3
     head_num_heads: int = 8
     field_mask: str = "full"
     scaffold_features: str = "head"
+    max_value_tokens: int = 256
+    max_call_tokens: int = 1024
     feature_cache: Path | None = None
     cached_prompts: int = 4096
 
@@ -162,36 +179,42 @@ class HeadExample:
 
 
 def draw_canvas(
-    call: SingleCall, vocabulary: Any, config: Any, rng: random.Random
+    call: SingleCall, vocabulary: Any, config: Any, rng: random.Random, fixed: bool = False
 ) -> tuple[Any, list[str | None]] | None:
     """The canvas of a call with drawn budgets, and the gold text of each slot.
 
     Args:
         call: prompt, tool and gold arguments.
         vocabulary: `slot_grammar.Vocabulary` of the tokenizer.
-        config: the model's config: ids of MASK and NULL.
+        config: the model's config: ids of MASK and NULL, fixed budgets.
         rng: draws the budgets.
+        fixed: take the budgets of the config instead.
 
     Returns:
         Canvas and texts (None where a slot is not alive), or None where the schema or the arguments are not supported.
     """
     tool = {"type": "function", "function": {"name": call.name, "parameters": call.schema}}
     try:
-        layout = layouts.draft_layout(scaffolds.compile_scaffold(tool), rng.choice(ARRAY_BUDGETS))
+        array_budget = config.array_budget if fixed else rng.choice(ARRAY_BUDGETS)
+        layout = layouts.draft_layout(scaffolds.compile_scaffold(tool), array_budget)
         texts = layout.texts(call.arguments) if layout is not None else []
     except ValueError:
         return None
     if not texts:
         return None
-    budgets = [
-        rng.choice(STRING_BUDGETS) if slot.leaf.kind == "string" else rng.choice(NUMBER_BUDGETS)
-        for slot in layout.slots
-    ]
+    strings = (config.string_budget,) if fixed else STRING_BUDGETS
+    numbers = (config.number_budget,) if fixed else NUMBER_BUDGETS
+    budgets = [rng.choice(strings if slot.leaf.kind == "string" else numbers) for slot in layout.slots]
     return grammar.build_canvas(vocabulary, layout, budgets, config.mask_token_id, config.null_token_id), texts
 
 
 def canvas_example(
-    prompt_ids: Sequence[int], canvas: Any, texts: Sequence[str | None], config: Any, rng: random.Random
+    prompt_ids: Sequence[int],
+    canvas: Any,
+    texts: Sequence[str | None],
+    config: Any,
+    rng: random.Random,
+    tail_share: float = ObjectiveRun.tail_share,
 ) -> HeadExample:
     """The clean canvas that the head learns to restore.
 
@@ -201,6 +224,7 @@ def canvas_example(
         texts: gold text of each of its slots, None where it is not alive.
         config: the model's config: ids of MASK and NULL, weight of NULL.
         rng: draws which NULLs are scored, and the seed of the noise.
+        tail_share: part of the NULLs behind a value's end that is scored.
     """
     scaffold_ids = canvas.token_ids.clone()
     slot_mask = scaffold_ids == config.mask_token_id
@@ -217,7 +241,7 @@ def canvas_example(
         # stands for the whole.
         for position in range(slot.start + content, slot.start + slot.length):
             ends = text is not None and position == slot.start + content
-            kept = ends or rng.random() < TAIL_SHARE
+            kept = ends or rng.random() < tail_share
             loss_weights[position] = 1 / config.null_loss_weight if ends else float(kept)
     return HeadExample(
         prompt_ids=torch.tensor(prompt_ids),
@@ -230,14 +254,44 @@ def canvas_example(
     )
 
 
-def head_example(call: SingleCall, vocabulary: Any, config: Any, rng: random.Random) -> HeadExample | None:
+def head_example(
+    call: SingleCall, vocabulary: Any, config: Any, rng: random.Random, run: ObjectiveRun
+) -> HeadExample | None:
     """Lay a call out as an example; see `draw_canvas` and `canvas_example`.
 
     Returns:
-        The example, or None where the schema or the arguments are not supported.
+        The example, or None where the schema or the arguments are not supported, or the canvas is too long.
     """
-    drawn = draw_canvas(call, vocabulary, config, rng)
-    return None if drawn is None else canvas_example(call.prompt_ids, *drawn, config, rng)
+    drawn = draw_canvas(call, vocabulary, config, rng, run.budgets == "fixed")
+    if drawn is None or len(drawn[0].token_ids) > MAX_SCAFFOLD:
+        return None
+    return canvas_example(call.prompt_ids, *drawn, config, rng, run.tail_share)
+
+
+def first_example(draw: Callable[[], tuple[Any, "HeadExample | None"]]) -> tuple[Any, "HeadExample"]:
+    """Draw until there is an example.
+
+    Args:
+        draw: gives what was drawn, and its example if it has one.
+
+    Raises:
+        RecordError: of `MAX_MISSES` draws none has an example.
+    """
+    for _ in range(MAX_MISSES):
+        drawn, example = draw()
+        if example is not None:
+            return drawn, example
+    raise RecordError(
+        f"of {MAX_MISSES} drawn calls none can be drafted: their schemas are not supported, or their canvases are "
+        f"longer than {MAX_SCAFFOLD} positions; use other data"
+    )
+
+
+def call_stream(run: ObjectiveRun, tokenizer: PreTrainedTokenizerFast) -> RowStream:
+    """The rows of the run's data that are one call each."""
+    return RowStream(
+        run.data or DEFAULT_DATA, tokenizer, keep=is_simple, leave_out=run.leave_out, on_error=run.on_error
+    )
 
 
 def kind_tokens(vocabulary: Any) -> Tensor:
@@ -312,7 +366,7 @@ class HeadCollator:
         return batch
 
     def _noise(self, examples: Sequence[HeadExample]) -> dict[str, Tensor]:
-        """Noise of each example by its own seed; times are spread over the batch."""
+        """Noise of each example; its times are spread over the batch, all else is drawn by its own seed."""
         schedule = noise.build_schedule(self.config.noise_schedule, self.config.noise_eps)
         drawn = [
             noise.example_noise(
@@ -379,10 +433,8 @@ class GoldExamples:
     def __init__(
         self, run: ObjectiveRun, tokenizer: PreTrainedTokenizerFast, vocabulary: Any, config: Any, fixed: int = 0
     ) -> None:
-        self.vocabulary, self.config = vocabulary, config
-        self.stream = RowStream(
-            run.data or DEFAULT_DATA, tokenizer, keep=is_simple, leave_out=run.leave_out, on_error=run.on_error
-        )
+        self.run, self.vocabulary, self.config = run, vocabulary, config
+        self.stream = call_stream(run, tokenizer)
         rng = random.Random(f"{run.seed}/prompts")
         self.rows = [self._row(rng)[0] for _ in range(fixed)]
 
@@ -390,22 +442,14 @@ class GoldExamples:
         """Draw one; its prompt style does not follow the progress, since the base knows all of them."""
         if not self.rows:
             return self._row(rng)[1]
-        while True:
-            example = self._example(rng.choice(self.rows), rng)
-            if example is not None:
-                return example
+        return first_example(lambda: self._with_example(rng.choice(self.rows), rng))[1]
 
     def _row(self, rng: random.Random) -> tuple[Row, HeadExample]:
-        while True:
-            row = self.stream.draw(draw_style(rng, rng.random()), rng)
-            example = self._example(row, rng)
-            if example is not None:
-                return row, example
+        return first_example(lambda: self._with_example(self.stream.draw(draw_style(rng, rng.random()), rng), rng))
 
-    def _example(self, row: Row, rng: random.Random) -> HeadExample | None:
+    def _with_example(self, row: Row, rng: random.Random) -> tuple[Row, HeadExample | None]:
         call = single_call(row)
-        example = None if call is None else head_example(call, self.vocabulary, self.config, rng)
-        return None if example is None or len(example.scaffold_ids) > MAX_SCAFFOLD else example
+        return row, None if call is None else head_example(call, self.vocabulary, self.config, rng, self.run)
 
 
 def example_cost(example: HeadExample) -> int:
@@ -419,26 +463,32 @@ def metric_sums(output: Any) -> Sums:
 
 
 def fresh_model(run: HeadRun) -> Any:
-    """A fresh head on the run's frozen base, in float32.
+    """The head to train, in float32, on the run's frozen base: fresh, or that of `head_from`.
 
     Raises:
-        ValueError: the run names no base.
+        ValueError: the run names no base, or the head of `head_from` has another shape.
     """
     if not run.base:
         raise ValueError("A head needs a base: pass --base with its folder or repo.")
     torch.manual_seed(run.seed)
-    return modeling.SmolLMDiffusionForCausalLM.from_base(
+    model = modeling.SmolLMDiffusionForCausalLM.from_base(
         run.base,
-        dtype=torch.float32,
+        **loading_arguments(run.quantization, run.bf16),
         head_hidden_size=run.head_hidden_size,
         head_num_layers=run.head_num_layers,
         head_num_heads=run.head_num_heads,
         field_mask=run.field_mask,
         scaffold_features=run.scaffold_features,
-        # Enough for what so small a base writes on purpose; its runaway values end early.
-        max_value_tokens=64,
-        max_call_tokens=256,
+        max_value_tokens=run.max_value_tokens,
+        max_call_tokens=run.max_call_tokens,
     )
+    if run.head_from is not None:
+        trained = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.head_from, dtype=torch.float32)
+        try:
+            model.diffusion_head.load_state_dict(trained.diffusion_head.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"The head of {run.head_from} has another shape than this run's: {error}") from error
+    return model
 
 
 def generation_defaults(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
@@ -471,6 +521,7 @@ def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
     if run.feature_cache is None:
         return fit_head(model, run, tokenizer)
     gold = GoldExamples(run, tokenizer, _vocabulary(model, tokenizer), model.config, fixed=run.cached_prompts)
+    on_device(model)
     cache = FeatureCache(run.feature_cache, model, torch.bfloat16 if run.bf16 else torch.float32)
     cache.ensure(row.prompt_ids for row in gold.rows)
     return fit_head(model, run, tokenizer, gold, cache)
@@ -490,7 +541,8 @@ def fit_head(
     """Train whatever of a model needs gradients on the head's objective, and save the model in bfloat16.
 
     Args:
-        model: a `SmolLMDiffusionForCausalLM` in float32; its config gets the objective of the run.
+        model: a `SmolLMDiffusionForCausalLM` in float32, its base may be quantised; its config gets the objective of
+            the run.
         run: the options.
         tokenizer: tokenizer of the base.
         draw: draws the examples; None = fresh ones of `GoldExamples`.
@@ -519,19 +571,20 @@ def fit_head(
     plain = replace(collate, own_draft_share=0.0, features=None)
     sets = evaluation_sets(run.data or [DEFAULT_DATA], tokenizer, run.eval_rows)
     measure = HeadEvaluation(model, tokenizer, vocabulary, plain, sets, run.acceptance_rows, canvas_example)
-    trainer = StageTrainer(
-        model,
-        run,
-        dataset,
-        collate,
-        evaluate=measure if measure.sets else None,
-        best_metric=measure.best_metric,
-        metric_sums=metric_sums,
-    )
+    with trained_beside_its_base(model):
+        trainer = StageTrainer(
+            model,
+            run,
+            dataset,
+            collate,
+            evaluate=measure if measure.sets else None,
+            best_metric=measure.best_metric,
+            metric_sums=metric_sums,
+        )
     trainer.run()
     if trainer.args.should_save:
         final = run.output / "final"
-        model.to(torch.bfloat16).save_pretrained(final, head_only=run.head_only)
+        to_saved_precision(model).save_pretrained(final, head_only=run.head_only)
         tokenizer.save_pretrained(final)
         logger.info("model saved to %s", final)
     return model

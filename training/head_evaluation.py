@@ -3,9 +3,9 @@
 Takes a model and rows; gives numbers by name. Noise, budgets and rows are fixed, so that evaluations compare.
 """
 
+import json
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from eval.load_metrics import load_metric
 from repo_package import load_repo_module
 
 from .data import Row, dev_records, evaluation_rows, held_out_records, is_simple, single_call
 
 objective = load_repo_module("denoising_loss")
+decoding = load_repo_module("call_decoding")
 drafting = load_repo_module("drafting")
 scaffolds = load_repo_module("schema_scaffold")
 
@@ -49,6 +51,23 @@ class HeldOutCall:
     texts: Sequence[str | None]
 
 
+@dataclass(frozen=True, eq=False)
+class OneStep:
+    """What the head says of a call in one step, every slot masked.
+
+    Args:
+        draft: `drafting.Draft` that came of it.
+        positions: int64 [n], the slots' positions on the canvas.
+        predicted: int64 [n], the likeliest token of each.
+        confidence: float32 [n], its probability.
+    """
+
+    draft: Any
+    positions: Tensor
+    predicted: Tensor
+    confidence: Tensor
+
+
 def evaluation_sets(data: Sequence[Path], tokenizer: PreTrainedTokenizerFast, limit: int) -> dict[str, list[Row]]:
     """Rows of `seen` (tools of the training data, requests held out) and `unseen` tools.
 
@@ -64,15 +83,6 @@ def evaluation_sets(data: Sequence[Path], tokenizer: PreTrainedTokenizerFast, li
     records = {"seen": held_out_records(data[0])[:limit], "unseen": simple[:: max(1, len(simple) // max(1, limit))]}
     sets = {name: evaluation_rows(found[:limit], tokenizer) for name, found in records.items()}
     return {name: rows for name, rows in sets.items() if rows}
-
-
-def slot_kind(slot: Any) -> str:
-    """What kind of slot a `CanvasSlot` is, in the words of reports: its role, or for values what they hold."""
-    if slot.slot.role != "value":
-        return str(slot.slot.role)
-    if slot.slot.leaf.kind != "choice":
-        return str(slot.slot.leaf.kind)
-    return "boolean" if set(slot.slot.leaf.choices) <= {"true", "false"} else "enum"
 
 
 class HeadEvaluation:
@@ -106,7 +116,7 @@ class HeadEvaluation:
     @property
     def best_metric(self) -> str:
         """What the best checkpoint is chosen by: acceptance by the base, which is what drafts are for, or the loss
-        where nothing is generated. Of the first set, so that the unseen tools behind it choose nothing."""
+        where nothing is generated. Of the first set: unseen tools choose nothing unless they are all there is."""
         name = next(iter(self.sets), "")
         return f"{name}_acceptance" if self.acceptance_rows else f"-{name}_loss"
 
@@ -130,9 +140,9 @@ class HeadEvaluation:
     def __call__(self) -> dict[str, float]:
         """All measures, each with the name of its set in front, and the mean over the sets of some.
 
-        `loss` and what `denoising_loss.summary` gives; `slots_right` (also by kind) and `calls_right` of drafts in one
-        step, full strings compared; `acceptance`, the share of first drafts' slots that the base lets stand, and
-        forwards of the base and the head per call.
+        `loss` and what `denoising_loss.summary` gives; what `_slots`, `_nulls` and `_calibration` say of drafts in one
+        step, and `calls_right`; `acceptance`, the share of first drafts' slots that the base lets stand, and forwards
+        of the base and the head per call.
         """
         found: dict[str, float] = {}
         for name, calls in self.sets.items():
@@ -161,19 +171,16 @@ class HeadEvaluation:
         return objective.summary(sums) if sums else {}
 
     def _one_step(self, calls: list[HeldOutCall]) -> dict[str, float]:
-        right: dict[str, list[bool]] = defaultdict(list)
+        steps: list[OneStep] = []
         for start in range(0, len(calls), BATCH_ROWS):
-            part = calls[start : start + BATCH_ROWS]
-            for call, draft in zip(part, self.drafts(part), strict=True):
-                for slot, gold, text in zip(call.canvas.slots, call.texts, draft.texts, strict=True):
-                    if gold is not None:
-                        right[f"slots_right_{slot_kind(slot)}"].append(text == gold)
-                        right["slots_right"].append(text == gold)
-                right["calls_right"].append(draft.arguments == call.arguments)
-        return {name: sum(hits) / len(hits) for name, hits in right.items()}
+            steps += self.one_step(calls[start : start + BATCH_ROWS])
+        right = [step.draft.arguments == call.arguments for call, step in zip(calls, steps, strict=True)]
+        gold = [_clean_ids(call) for call in calls]
+        measures = _slots(calls, steps) | _nulls(calls, steps, gold) | _calibration(steps, gold)
+        return {"calls_right": sum(right) / len(right), **measures}
 
-    def drafts(self, calls: Sequence[HeldOutCall]) -> list[Any]:
-        """The head's drafts of calls in one step: a `drafting.Draft` of each."""
+    def one_step(self, calls: Sequence[HeldOutCall]) -> list[OneStep]:
+        """What the head says of calls in one step, in one batch."""
         device = self.model.device
         prompts = [torch.tensor(call.row.prompt_ids) for call in calls]
         ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
@@ -184,14 +191,16 @@ class HeadEvaluation:
         drafters = [drafting.HeadDrafter(self.vocabulary, self.model.config).draft(call.task) for call in calls]
         requests = [next(drafter) for drafter in drafters]
         log_probs = self.model.draft_log_probs(memory, *drafting.head_inputs(requests, device))
-        drafts = []
+        found = []
         for drafter, request, rows in zip(drafters, requests, log_probs, strict=True):
+            said = rows[: len(request.positions)]
+            best = said.max(-1)
             try:
-                drafter.send(rows[: len(request.positions)])
+                drafter.send(said)
             except StopIteration as end:
-                drafts.append(end.value)
-        assert len(drafts) == len(calls), "a draft in one step takes one forward"
-        return drafts
+                found.append(OneStep(end.value, request.positions, best.indices.cpu(), best.values.exp().cpu()))
+        assert len(found) == len(calls), "a draft in one step takes one forward"
+        return found
 
     def _acceptance(self, calls: list[HeldOutCall]) -> dict[str, float]:
         drafted = accepted = base = head = 0
@@ -212,3 +221,62 @@ class HeadEvaluation:
             return {}
         per_call = {"base_forwards": base / len(calls), "head_forwards": head / len(calls)}
         return {"acceptance": accepted / max(drafted, 1), **per_call}
+
+
+def _clean_ids(call: HeldOutCall) -> Tensor:
+    """int64 [positions]: the canvas with the gold values in it."""
+    ids: Tensor = call.canvas.token_ids.clone()
+    for slot, text in zip(call.canvas.slots, call.texts, strict=True):
+        ids[slot.positions] = call.canvas.tokens_of(slot, text)
+    return ids
+
+
+def _slots(calls: Sequence[HeldOutCall], steps: Sequence[OneStep]) -> dict[str, float]:
+    """`slots_right` and `slots_right_<kind>`: share of the slots with a gold value whose draft is that value, full
+    texts compared."""
+    slots = [
+        (draft, gold, decoding.slot_kind(slot.slot))
+        for call, step in zip(calls, steps, strict=True)
+        for slot, gold, draft in zip(call.canvas.slots, call.texts, step.draft.texts, strict=True)
+        if gold is not None
+    ]
+    found = load_metric("slot_match").compute(
+        predictions=["" if draft is None else json.dumps(draft) for draft, _, _ in slots],
+        references=[json.dumps(gold) for _, gold, _ in slots],
+        kinds=[kind for _, _, kind in slots],
+    )
+    by_kind = {f"slots_right_{kind}": rates["exact_match"] for kind, rates in found["by_kind"].items()}
+    return {"slots_right": found["exact_match"], **by_kind}
+
+
+def _nulls(calls: Sequence[HeldOutCall], steps: Sequence[OneStep], gold: Sequence[Tensor]) -> dict[str, float]:
+    """`draft_null_precision`, `draft_null_recall`, both also by the true length of the value: how well the head knows
+    in one step where values end. Where a rate is one over nothing, it is left out."""
+    rows: dict[str, list[list[int]]] = {"predictions": [], "references": [], "slots": [], "masked": []}
+    for call, step, ids in zip(calls, steps, gold, strict=True):
+        predicted, masked, fields = ids.clone(), torch.zeros_like(ids), torch.full_like(ids, -1)
+        predicted[step.positions], masked[step.positions] = step.predicted, 1
+        for index, slot in enumerate(call.canvas.slots):
+            fields[slot.positions] = index
+        for name, part in zip(rows, (predicted, ids, fields, masked), strict=True):
+            rows[name].append(part.tolist())
+    found = load_metric("null_tokens").compute(**rows, null_id=calls[0].canvas.null_id)
+    lengths = {"": found} | {f"_length_{length}": rates for length, rates in found["by_length"].items()}
+    names = ("null_precision", "null_recall")
+    shown = {f"draft_{name}{length}": rates[name] for length, rates in lengths.items() for name in names}
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def _calibration(steps: Sequence[OneStep], gold: Sequence[Tensor]) -> dict[str, float]:
+    """`draft_calibration_error`, `draft_confidence` and `draft_accuracy` of the tokens of one step."""
+    right = torch.cat([step.predicted == ids[step.positions] for step, ids in zip(steps, gold, strict=True)])
+    found = load_metric("expected_calibration_error").compute(
+        predictions=torch.cat([step.confidence for step in steps]).clamp(0, 1).tolist(),
+        references=right.long().tolist(),
+        bins=objective.CONFIDENCE_BINS,
+    )
+    return {
+        "draft_calibration_error": found["expected_calibration_error"],
+        "draft_confidence": found["mean_confidence"],
+        "draft_accuracy": found["accuracy"],
+    }

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from repo_package import ROOT, load_repo_module
 from train_hf import main as train
 
-from .data import Record, is_simple
+from .data import HELD_OUT_SOURCES, Record, is_simple
 from .head import HeadCollator, HeadRun, canvas_example, fresh_model
 from .head_evaluation import HeadEvaluation, evaluation_sets
 from .records import write_records
@@ -40,8 +40,8 @@ grammar = load_repo_module("slot_grammar")
 HALF = 20
 """Steps until the checkpoint in the middle, and from there to the end."""
 
-ROWS = 20
-"""Requests that are drafted before and after."""
+ROWS = 10
+"""Requests of each evaluation set, `seen` and `unseen` tools, that are drafted before and after."""
 
 LONGEST_REQUEST, LONGEST_CALL = 250, 100
 """Characters; longer ones teach as much and cost more."""
@@ -82,6 +82,9 @@ class Check:
 def make_data(folder: Path, train_records: int = 600, dev_records: int = 60) -> None:
     """Write synthetic records as `train/` and `dev/`; the tools of `dev/` have other names, as they have in real data.
 
+    The single calls among the first `dev_records` of the training data stand in a file of a source out of which the
+    evaluation of seen tools is chosen: they choose the best checkpoint, and no row of them is trained on.
+
     Args:
         folder: of the data.
         train_records, dev_records: how many.
@@ -92,7 +95,10 @@ def make_data(folder: Path, train_records: int = 600, dev_records: int = 60) -> 
         return islice(fitting, count)
 
     simple_dev = (record for record in short(dev_records, names="dev") if is_simple(record))
-    for part, records in {"train/synthetic_calls": short(train_records), "dev/dev": simple_dev}.items():
+    made = list(short(dev_records + train_records))
+    seen = [record for record in made[:dev_records] if is_simple(record)]
+    parts = {f"train/{HELD_OUT_SOURCES[0]}": seen, "train/synthetic_calls": made[dev_records:], "dev/dev": simple_dev}
+    for part, records in parts.items():
         path = folder / f"{part}.jsonl.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_records(path, records)
@@ -129,11 +135,12 @@ def head_options(folder: Path, output: Path) -> dict[str, Any]:
         "head_hidden_size": 128,
         "head_num_layers": 2,
         "head_num_heads": 4,
+        "max_value_tokens": 64,
+        "max_call_tokens": 256,
         "adam_lr": 0.003,
         "logging_steps": 5,
         "eval_steps": HALF,
-        "save_steps": HALF,
-        "eval_rows": 8,
+        "eval_rows": 4,
         "acceptance_rows": 0,
         "save_total_limit": 3,
     }
@@ -145,7 +152,7 @@ def arguments(stage: str, options: dict[str, Any]) -> list[str]:
 
 
 def measure(model: Any, folder: Path) -> dict[str, float]:
-    """What a model does on the requests of `dev/`; the same requests, budgets and noise for every model."""
+    """What a model does on the evaluation sets, on average; the same requests, budgets and noise for every model."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "base", trust_remote_code=False)
     vocabulary = grammar.Vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     collate = HeadCollator(model.config, tokenizer.pad_token_id, noise_samples=2)

@@ -874,13 +874,6 @@ def _in_style(words: Sequence[str], style: str) -> str:
     return "".join(word.capitalize() if index or style == "pascal" else word for index, word in enumerate(words))
 
 
-def tool_names(names: Names) -> set[str]:
-    """All tool names that may be made, in lower case and without `_`, `-` and `.`."""
-    verbs = [verb for entry in VERBS.values() for verb in entry[names]]
-    found = {f"{verb}{noun}".replace(" ", "") for verb in verbs for noun in NOUNS[names]}
-    return found | {f"{noun}{verb}".replace(" ", "") for verb in verbs for noun in NOUNS[names]}
-
-
 def _make_tool(
     rng: _Dice, sense: str = "", noun: str = "", style: str = "", shared: Sequence[_Parameter] = ()
 ) -> _Tool:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from .optimizers import MuonAdamW, cosine, trapezoid
 from .records import OnError
@@ -42,13 +43,21 @@ REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 MAX_WARMUP_SHARE = 0.1
 """A longer warm-up wastes steps of a short run at learning rates that teach nothing."""
 GROUPS_PER_BLOCK = 16
+MAX_SPREAD = 16
+"""Blocks that neighbouring batches come from: as many processes can draw without drawing the same rows."""
 WEIGHTS_FILE = "trainable.safetensors"
+STATE_FILE = "trainer_state.json"
 COMPLETE_FILE = "complete.json"
 """Written last into a checkpoint; a folder without it was interrupted and is never resumed from."""
+TOKENS = ("input_ids", "scaffold_ids")
+"""Inputs of a forward that count as its tokens, padding included."""
+
+COUNTER = "early_stopping_patience_counter"
+"""Name that transformers keeps the count of early stopping under."""
 
 Example = TypeVar("Example")
 Sums = dict[str, tuple[Tensor, Tensor]]
-"""Metric name -> (sum, count), so that batches and processes add up."""
+"""Metric name -> (sum, count), which are added up over the batches of all processes between two log lines."""
 
 
 class TrainingError(RuntimeError):
@@ -74,17 +83,20 @@ class RunOptions:
         weight_decay: decoupled.
         warmup_share: part of the steps with rising learning rate, at most 0.1.
         max_grad_norm: gradients are clipped to this norm.
-        logging_steps, eval_steps, save_steps: steps between log lines, evaluations and checkpoints; checkpoints fall
-            on evaluations.
-        save_total_limit: checkpoints that are kept; the best one is always among them.
+        logging_steps: steps between log lines.
+        eval_steps: steps between evaluations; a checkpoint follows each, so that the best one can be loaded.
+        save_steps: steps between checkpoints of a run that has no evaluation.
+        save_total_limit: checkpoints that are kept, at least 2; the best one is always among them.
         patience: evaluations without a better result after which the run ends; 0 = never.
         bf16: autocast to bfloat16.
         gradient_checkpointing: recompute activations in the backward pass.
-        num_workers: processes that draw rows ahead; 0 = draw between the steps.
+        num_workers: processes that draw rows ahead; 0 = draw between the steps. A power of two up to 16, times the
+            processes of the run, shares the drawing; other numbers draw some rows more than once.
         seed: of weights, draws and noise.
         threads: CPU threads; 0 = torch's choice.
         report_to: "none", or "tensorboard", "wandb", "trackio" where it is installed.
         resume: go on from the newest whole checkpoint in `output`; false = refuse a folder that has one.
+        resume_from: checkpoint to go on from instead, in `output` or elsewhere; `output` must not hold a later one.
         push_to_hub: repo that the result is uploaded to; its README.md is never overwritten.
     """
 
@@ -104,7 +116,7 @@ class RunOptions:
     max_grad_norm: float = 1.0
     logging_steps: int = 25
     eval_steps: int = 250
-    save_steps: int = 500
+    save_steps: int = 250
     save_total_limit: int = 2
     patience: int = 0
     bf16: bool = False
@@ -114,12 +126,16 @@ class RunOptions:
     threads: int = 0
     report_to: str = "none"
     resume: bool = True
+    resume_from: Path | None = None
     push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "rows_per_batch", "gradient_accumulation_steps", "eval_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.save_total_limit < 2:
+            # The oldest checkpoint is removed before the newest is marked as whole.
+            raise ValueError(f"save_total_limit must be at least 2, got {self.save_total_limit}.")
         if self.optimizer not in OPTIMIZERS or self.schedule not in SCHEDULES:
             raise ValueError(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)} (got {self.optimizer!r}) and schedule one of "
@@ -133,11 +149,6 @@ class RunOptions:
             )
         if not 0 <= self.warmup_share <= MAX_WARMUP_SHARE:
             raise ValueError(f"warmup_share must be from 0 to {MAX_WARMUP_SHARE}, got {self.warmup_share}.")
-        if self.save_steps % self.eval_steps:
-            raise ValueError(
-                f"save_steps ({self.save_steps}) must be a multiple of eval_steps ({self.eval_steps}), since the best "
-                "checkpoint is chosen by its evaluation."
-            )
 
 
 class BlockDataset(Dataset[list[Example]], Generic[Example]):
@@ -145,7 +156,8 @@ class BlockDataset(Dataset[list[Example]], Generic[Example]):
     processes see the same ones.
 
     A block of rows is drawn at once, sorted by cost and cut into 16 batches so that the dearest batch is as cheap as
-    possible; the batches of a block come in random order.
+    possible; the batches of a block come in random order. Of a long run, neighbouring batches come from up to 16 blocks
+    in turn: processes that take every n-th batch then draw blocks of their own.
 
     Args:
         draw: makes one example; gets the block's source of randomness and the done part of the run in [0, 1).
@@ -164,20 +176,26 @@ class BlockDataset(Dataset[list[Example]], Generic[Example]):
         seed: int,
     ) -> None:
         self.draw, self.cost, self.rows_per_batch, self.length, self.seed = draw, cost, rows_per_batch, length, seed
-        self._block: tuple[int, list[list[Example]]] = (-1, [])
+        self.spread = 1  # a sixteenth of the run at most, since all these blocks are drawn at the same progress
+        while self.spread < MAX_SPREAD and length >= 2 * self.spread * 16 * GROUPS_PER_BLOCK:
+            self.spread *= 2
+        self._blocks: dict[int, list[list[Example]]] = {}
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> list[Example]:
-        number, place = divmod(index, GROUPS_PER_BLOCK)
-        if self._block[0] != number:
-            self._block = (number, self._draw_block(number))
-        return self._block[1][place]
+        part, within = divmod(index, GROUPS_PER_BLOCK * self.spread)
+        place, block = divmod(within, self.spread)
+        number = part * self.spread + block
+        if number not in self._blocks:
+            self._blocks = {known: rows for known, rows in self._blocks.items() if known // self.spread == part}
+            self._blocks[number] = self._draw_block(number)
+        return self._blocks[number][place]
 
     def _draw_block(self, number: int) -> list[list[Example]]:
         rng = random.Random(f"{self.seed}/{number}")
-        progress = min(number * GROUPS_PER_BLOCK / self.length, 1.0)
+        progress = min(number // self.spread * self.spread * GROUPS_PER_BLOCK / self.length, 1.0)
         examples = [self.draw(rng, progress) for _ in range(GROUPS_PER_BLOCK * self.rows_per_batch)]
         examples.sort(key=self.cost)
         groups = balanced_groups([self.cost(example) for example in examples], GROUPS_PER_BLOCK)
@@ -214,6 +232,22 @@ def balanced_groups(costs: Sequence[float], count: int) -> list[slice]:
     return cut(high)
 
 
+class EarlyStop(EarlyStoppingCallback):
+    """Ends a run that gets no better; a resumed run goes on counting where its checkpoint was."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the count of the checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = evaluations_in_vain(state)
+        # A checkpoint of a run without patience has no place for the count.
+        state.stateful_callbacks.setdefault(EarlyStop.__name__, self.state())
+
+
+def evaluations_in_vain(state: TrainerState) -> int:
+    """Evaluations in a row that brought no better result, as a checkpoint counts them."""
+    return int(state.stateful_callbacks.get(EarlyStop.__name__, {}).get("attributes", {}).get(COUNTER, 0))
+
+
 class StageTrainer(Trainer):
     """`Trainer` for one stage: exact losses over accumulation and processes, own evaluation, small checkpoints.
 
@@ -245,13 +279,13 @@ class StageTrainer(Trainer):
         metric_sums: Callable[[Any], Sums] = lambda output: {},
     ) -> None:
         self.options, self.measure, self.metric_sums = options, evaluate, metric_sums
-        self.sums: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, Tensor] = {}
         self.throughput = Throughput()
         torch.manual_seed(options.seed)
         if options.threads:
             torch.set_num_threads(options.threads)
         arguments = training_arguments(options, evaluate is not None, best_metric)
-        stop_early = [EarlyStoppingCallback(options.patience)] if options.patience and evaluate is not None else []
+        stop_early = [EarlyStop(options.patience)] if options.patience and evaluate is not None else []
         super().__init__(
             model=model,
             args=arguments,
@@ -262,7 +296,8 @@ class StageTrainer(Trainer):
         )
         if options.gradient_checkpointing:
             recompute_activations(model)
-        # The loss is divided by the total of the whole optimizer step, so nothing is left to scale.
+        # compute_loss divides by the total of the whole optimizer step; where this is False, training_step divides by
+        # the number of accumulated forwards once more.
         self.loss_is_scaled_for_ga = True
 
     # ------------------------------------------------------------------ batches and loss
@@ -292,38 +327,57 @@ class StageTrainer(Trainer):
             num_items_in_batch: the normaliser of all forwards of this step on all processes; None = of this batch.
         """
         total = inputs["loss_normaliser"] if num_items_in_batch is None else num_items_in_batch
-        start = time.perf_counter()
+        start = moment()
         output = model(**{**inputs, "loss_normaliser": torch.as_tensor(total, device=self.args.device).clamp_min(1e-6)})
-        self.throughput.add("forward", time.perf_counter() - start)
-        for name, (value, count) in self.metric_sums(output).items():
-            kept = self.sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
-            kept[0] += value.detach().float().cpu()
-            kept[1] += count.detach().float().cpu()
+        self.throughput.add("forward", moment() - start)
+        for name, pair in self.metric_sums(output).items():
+            kept = self.sums.setdefault(name, torch.zeros(2, device=self.args.device))  # read at log lines only
+            kept += torch.stack([part.detach().float().to(kept.device) for part in pair])
         # Gradients of several processes are averaged, shares are to be summed.
         loss = output.loss * self.args.world_size
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        start = time.perf_counter()
+        start = moment()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim >= 2]
-        self.throughput.count(rows=len(tensors[0]), tokens=inputs["input_ids"].numel())
-        self.throughput.add("step", time.perf_counter() - start)
+        tokens = sum(inputs[name].numel() for name in TOKENS if name in inputs)
+        self.throughput.count(rows=len(inputs["input_ids"]), tokens=tokens)
+        self.throughput.add("step", moment() - start)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means of the metrics and the throughput since the last line."""
+        """Add the means of the metrics and the throughput since the last line, of all processes together."""
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss is {loss} at step {self.state.global_step}: the run diverged. Lower lr and adam_lr; "
-                f"{self._safe_checkpoint()}"
-            )
+            raise self._diverged(f"The loss is {loss}")
         if loss is not None:
-            means = {name: float(value / count.clamp_min(1e-9)) for name, (value, count) in self.sums.items()}
-            logs = logs | {name: round(mean, 4) for name, mean in means.items()} | self.throughput.flush()
-            self.sums.clear()
+            logs = logs | self._means() | self.throughput.flush()
         super().log(logs, *args, **kwargs)
+
+    def _means(self) -> dict[str, float]:
+        """Means of the metrics over all processes; this process then counts the rows and tokens of all."""
+        sums = {name: kept.tolist() for name, kept in self.sums.items()}
+        parts = gather_object([(sums, self.throughput.rows, self.throughput.tokens)])
+        self.throughput.rows, self.throughput.tokens = (sum(part[index] for part in parts) for index in (1, 2))
+        self.sums.clear()
+        totals: dict[str, list[float]] = {}
+        for found, _, _ in parts:
+            for name, (value, count) in found.items():
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0], total[1] = total[0] + value, total[1] + count
+        return {name: round(value / max(count, 1e-9), 4) for name, (value, count) in totals.items()}
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {self.state.global_step}: the run diverged. Lower lr and adam_lr; "
+            f"{self._safe_checkpoint()}"
+        )
+
+    def _check_weights(self) -> None:
+        """Refuse to evaluate or save a diverged model, which log lines, being fewer than steps, may not have shown."""
+        trained = [split_part(p).isfinite().all() for p in self.model.parameters() if p.requires_grad]
+        if not torch.stack(trained).all():
+            raise self._diverged("Some weights are not finite")
 
     # ------------------------------------------------------------------ optimizer and schedule
 
@@ -373,6 +427,7 @@ class StageTrainer(Trainer):
         """Run the stage's own evaluation, log it and tell the callbacks, such as early stopping."""
         if self.measure is None:
             raise ValueError("This run has no evaluation; pass `evaluate` to StageTrainer.")
+        self._check_weights()
         start = time.perf_counter()
         mode = self.model.training
         self.model.eval()
@@ -415,6 +470,7 @@ class StageTrainer(Trainer):
                 parameter.copy_(split_like(states[name], parameter))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._check_weights()
         super()._save_checkpoint(*args, **kwargs)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -424,29 +480,58 @@ class StageTrainer(Trainer):
         last = last_checkpoint(Path(self.args.output_dir))
         if last is None:
             return "no checkpoint was written yet."
-        return f"{last} is whole, and the same command goes on from it."
+        command = "the same command" + (" without resume_from" if self.options.resume_from else "")
+        return f"{last} is whole, and {command} goes on from it."
 
     # ------------------------------------------------------------------ the run
 
     def run(self) -> None:
-        """Train from the newest whole checkpoint to the end, with the best weights loaded there.
+        """Train from the newest whole checkpoint, or the one that is asked for, to the end, and load the best weights.
 
         Raises:
             TrainingError: no memory, no disk space, a diverged loss, or checkpoints that do not fit.
         """
-        output = Path(self.args.output_dir)
-        last = last_checkpoint(output)
-        if last is not None and not self.options.resume:
-            raise TrainingError(f"{output} holds {last.name}, and resume is off: use another --output or remove it.")
+        output, start = Path(self.args.output_dir), self._start()
         if self.args.should_save:
             remove_partial(output)
         self.accelerator.wait_for_everyone()
         with self._explained():
-            self.train(resume_from_checkpoint=str(last) if last is not None else None)
-        if self.is_fsdp_enabled:
-            gather_parameters(self.model)
-        if self.args.should_save:
-            self.state.save_to_json(str(output / "trainer_state.json"))
+            if start is None or not self._ended_early(start):
+                self.train(resume_from_checkpoint=str(start) if start is not None else None)
+            if self.is_fsdp_enabled:
+                gather_parameters(self.model)
+            if self.args.should_save:
+                self.state.save_to_json(str(output / STATE_FILE))
+
+    def _start(self) -> Path | None:
+        """The checkpoint to go on from; None = the beginning."""
+        output, chosen = Path(self.args.output_dir), self.options.resume_from
+        last = last_checkpoint(output)
+        if last is not None and not self.options.resume:
+            raise TrainingError(f"{output} holds {last.name}, and resume is off: use another --output or remove it.")
+        if chosen is None:
+            return last
+        if not (chosen / COMPLETE_FILE).exists():
+            raise TrainingError(f"{chosen} is no whole checkpoint: it has no {COMPLETE_FILE}. Name another folder.")
+        if last is not None and step_of(last) > step_of(chosen):
+            raise TrainingError(
+                f"{output} holds {last.name}, which is later than {chosen}: leave out --resume_from to go on from it, "
+                "or use another --output."
+            )
+        return chosen
+
+    def _ended_early(self, start: Path) -> bool:
+        """Whether early stopping had ended the run at this checkpoint; its best weights are loaded then."""
+        state = TrainerState.load_from_json(str(start / STATE_FILE))
+        stops = any(isinstance(callback, EarlyStop) for callback in self.callback_handler.callbacks)
+        if not stops or evaluations_in_vain(state) < self.options.patience or state.best_model_checkpoint is None:
+            return False
+        logger.info(
+            "the run ended at step %d: no better result in %d evaluations", state.global_step, self.options.patience
+        )
+        self.state = state
+        self._load_best_model()
+        return True
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -456,22 +541,20 @@ class StageTrainer(Trainer):
         except KeyboardInterrupt:
             logger.error("interrupted at step %d; %s", self.state.global_step, self._safe_checkpoint())
             raise
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"Out of memory at step {self.state.global_step}: lower rows_per_batch "
-                f"({self.options.rows_per_batch}) and raise gradient_accumulation_steps "
-                f"({self.options.gradient_accumulation_steps}) by the same factor, or switch on bf16 or "
-                f"gradient_checkpointing; {self._safe_checkpoint()}"
-            ) from error
-        except (OSError, SafetensorError) as error:
-            if not is_disk_full(error):
-                raise
-            raise TrainingError(
-                f"No space left on the disk of {self.args.output_dir} at step {self.state.global_step}: free some or "
-                f"lower save_total_limit ({self.options.save_total_limit}); {self._safe_checkpoint()}"
-            ) from error
+        except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise TrainingError(
+                    f"Out of memory at step {self.state.global_step}: lower rows_per_batch "
+                    f"({self.options.rows_per_batch}) and raise gradient_accumulation_steps "
+                    f"({self.options.gradient_accumulation_steps}) by the same factor, or switch on bf16 or "
+                    f"gradient_checkpointing; {self._safe_checkpoint()}"
+                ) from error
+            if is_disk_full(error):
+                raise TrainingError(
+                    f"No space left on the disk of {self.args.output_dir} at step {self.state.global_step}: free some "
+                    f"or lower save_total_limit ({self.options.save_total_limit}); {self._safe_checkpoint()}"
+                ) from error
+            raise
 
 
 def training_arguments(options: RunOptions, evaluates: bool, best_metric: str) -> TrainingArguments:
@@ -487,7 +570,7 @@ def training_arguments(options: RunOptions, evaluates: bool, best_metric: str) -
         logging_nan_inf_filter=False,  # a diverged run ends
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_steps,
-        save_steps=options.save_steps,
+        save_steps=options.eval_steps if evaluates else options.save_steps,
         save_total_limit=options.save_total_limit,
         load_best_model_at_end=evaluates,
         metric_for_best_model=best_metric.lstrip("-") if evaluates else None,
@@ -520,6 +603,11 @@ def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
+def split_part(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter: all of it, unless FSDP split the parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def gather_parameters(model: nn.Module) -> None:
     """Turn a model that FSDP split into a plain one, on every process; it can be saved, but not trained further."""
     whole: dict[Tensor, nn.Parameter] = {}  # tied parameters stay tied
@@ -536,7 +624,7 @@ def gather_parameters(model: nn.Module) -> None:
 
 
 class Throughput:
-    """Counts rows, tokens and where the seconds go between two log lines."""
+    """Counts rows, tokens and where the seconds of this process go between two log lines."""
 
     def __init__(self) -> None:
         self.start, self.rows, self.tokens = time.perf_counter(), 0, 0
@@ -547,7 +635,7 @@ class Throughput:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def count(self, rows: int, tokens: int) -> None:
-        """Count rows and padded tokens of one forward."""
+        """Count rows of one forward and its tokens: prompt and scaffold once each, padding included."""
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
 
     def flush(self) -> dict[str, float]:
@@ -565,6 +653,20 @@ class Throughput:
         }
         self.__init__()  # type: ignore[misc]
         return found
+
+
+def moment() -> float:
+    """Seconds of a clock, read when a GPU has finished what it was given; else its work would count as a later part."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, or else the CPU, before a trainer moves the model there."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def world_size() -> int:
@@ -585,6 +687,11 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Steps behind a whole checkpoint."""
+    return int(json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))["step"])
+
+
 def remove_partial(output: Path) -> None:
     """Remove checkpoints that were interrupted while they were written."""
     for folder in output.glob("checkpoint-*"):
@@ -601,6 +708,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed because no space, or no quota, is left."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in numbers or "no space left" in str(error).lower()
+    """Whether a write failed because no space, or no quota, is left; torch's writer of archives names no errno."""
+    numbers, words = (errno.ENOSPC, errno.EDQUOT), ("no space left", "unexpected pos ", "iostream error")
+    return getattr(error, "errno", None) in numbers or any(part in str(error).lower() for part in words)
