@@ -4,6 +4,8 @@ Two sets of our own that no training row shows: `seen` (tools of the training da
 (tools that occur nowhere in training, refusals among them), one call or none each. Here a request counts as right when
 its calls equal the gold ones: no normalisation, no partial credit. And the open categories of the Berkeley Function
 Calling Leaderboard, where right is what its lists of possible answers allow; their tools are shown in full.
+
+`--markdown` measures nothing: it prints the tables of the model card out of the file of an earlier run.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from eval.held_out_tables import tables
 from eval.load_metrics import load_metric
 from eval.possible_answers import accepts_calls
 from repo_package import ROOT, load_repo_module
@@ -32,6 +35,7 @@ writing = load_repo_module("call_decoding")
 dialects = load_repo_module("schema_dialects")
 generation = load_repo_module("generation_smollm_diffusion")
 scaffolds = load_repo_module("schema_scaffold")
+layouts = load_repo_module("scaffold_layout")
 grammar = load_repo_module("slot_grammar")
 
 OWN_SETS = ("seen", "unseen")
@@ -264,7 +268,8 @@ def summary(todo: Sequence[Request], answers: Sequence[Answer], reference: Seque
     Returns:
         Counts of requests (`right`, `calls_right`, `refusals_right`, `names_right`, `equal` to the gold calls, `valid`,
         `same_tokens_as_ar`), rates of the decision to call, acceptance of values and by kind of slot (None where no
-        draft is checked), forwards per call, and the median time of requests that call.
+        draft is checked), share of the gold calls' values that were written exactly, also by kind of slot, forwards
+        per call, and the median time of requests that call. What `diffusion` writes are its drafts.
     """
     made = [json.dumps(answer.calls, ensure_ascii=False) for answer in answers]
     gold = [json.dumps(request.row.calls, ensure_ascii=False) for request in todo]
@@ -289,6 +294,7 @@ def summary(todo: Sequence[Request], answers: Sequence[Answer], reference: Seque
         "valid": round(valid * len(todo)),
         "same_tokens_as_ar": sum(one.reply == other.reply for one, other in zip(answers, reference, strict=True)),
         **_costs(answers),
+        **_slots_right(todo, answers),
         "median_ms": round(1000 * median(seconds), 1) if seconds else None,
     }
 
@@ -319,6 +325,78 @@ def _costs(answers: Sequence[Answer]) -> dict[str, Any]:
         "base_forwards_per_call": _rounded(found["base_forwards_per_call"], 2),
         "head_forwards_per_call": _rounded(found["head_forwards_per_call"], 2),
     }
+
+
+def _slots_right(todo: Sequence[Request], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Exact match of the slots that the gold calls have; None and nothing where they have none."""
+    slots = [slot for one, answer in zip(todo, answers, strict=True) for slot in gold_slots(one.row, answer.calls)]
+    if not slots:
+        return {"values_right": None, "right_by_kind": {}}
+    predictions, references, kinds = zip(*slots, strict=True)
+    found = load_metric("slot_match").compute(predictions=predictions, references=references, kinds=kinds)["by_kind"]
+    values = [rates for kind, rates in found.items() if kind not in writing.STRUCTURE_KINDS]
+    wanted = sum(rates["slots"] for rates in values)
+    right = sum(rates["slots"] * rates["exact_match"] for rates in values)
+    return {
+        "values_right": _rounded(right / wanted) if wanted else None,
+        "right_by_kind": {
+            kind: {name: _rounded(rate) for name, rate in rates.items()} for kind, rates in found.items()
+        },
+    }
+
+
+def gold_slots(row: Row, calls: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """What calls hold in the slots of a row's gold calls.
+
+    A gold call is compared with the call of its name that is most like it; no call is taken twice.
+
+    Args:
+        row: tools and gold calls.
+        calls: `{"name", "arguments"}` each.
+
+    Returns:
+        For each slot its text in the call (empty where it has none), its gold text and its kind, as `slot_match` takes
+        them. Texts are in quotes, so that an empty string is a value. Calls that fit no layout have no slots here.
+    """
+    tools = {tool["function"]["name"]: tool for tool in row.tools}
+    left, found = list(calls), []
+    for gold in row.calls:
+        named = [index for index, call in enumerate(left) if call["name"] == gold["name"]]
+        alike = [_likeness(left[index]["arguments"], gold["arguments"]) for index in named]
+        made = left.pop(named[alike.index(max(alike))])["arguments"] if named else None
+        # One item more than the gold call has, so that longer arrays differ from it in their length.
+        items = max((len(part) for value in gold["arguments"].values() for part in _containers(value)), default=0) + 1
+        layout = layouts.draft_layout(scaffolds.compile_scaffold(tools[gold["name"]]), items)
+        true = None if layout is None else _texts(layout, gold["arguments"])
+        if true is None:
+            continue
+        drafted = (None if made is None else _texts(layout, made)) or [None] * len(true)
+        found += [
+            ("" if text is None else json.dumps(text), json.dumps(wanted), writing.slot_kind(slot))
+            for slot, text, wanted in zip(layout.slots, drafted, true, strict=True)
+            if wanted is not None
+        ]
+    return found
+
+
+def _likeness(made: Mapping[str, Any], gold: Mapping[str, Any]) -> int:
+    """Equal arguments, less those that the gold call does not have."""
+    return sum(made.get(name) == value for name, value in gold.items()) - len(made.keys() - gold.keys())
+
+
+def _texts(layout: Any, arguments: Mapping[str, Any]) -> list[str | None] | None:
+    try:
+        return layout.texts(arguments)
+    except ValueError:
+        return None  # they go beyond what is laid out
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The arrays and objects in a value, itself included."""
+    if isinstance(value, list | dict):
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _containers(inner)
 
 
 def decision(todo: Sequence[Request], reference: Sequence[Answer]) -> dict[str, Any] | None:
@@ -433,7 +511,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "eval" / "results" / "held_out.json")
+    parser.add_argument("--markdown", action="store_true", help="only print the tables of the file that --out names")
     options = parser.parse_args(arguments)
+    if options.markdown:
+        if not options.out.is_file():
+            parser.error(f"--markdown: there is no {options.out}; measure first, or name another file with --out")
+        print("\n\n".join(tables(json.loads(options.out.read_text(encoding="utf-8")))))
+        return
     if "ar" not in options.decodings:
         parser.error("--decodings must hold ar: the others are compared with it")
     torch.set_num_threads(options.threads)

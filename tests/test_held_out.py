@@ -19,6 +19,7 @@ from training.data import Row, write_records
 pytest.importorskip("evaluate")
 
 from eval import held_out
+from eval.held_out_tables import markdown, tables
 from eval.possible_answers import accepts_call, accepts_calls
 
 decoding = load_repo_module("call_decoding")
@@ -224,6 +225,52 @@ def test_a_summary_counts_what_it_names() -> None:
     assert (found["base_forwards_per_call"], found["head_forwards_per_call"], found["median_ms"]) == (3, 2, 500)
 
 
+def test_what_a_call_holds_in_the_slots_of_the_gold_call_is_counted_by_kind() -> None:
+    gold = [[call("Oslo", days=2)], [call("Oslo")], [call("")], []]
+    made = [[call("Oslo", days=3)], [], [call("")], [call("Rome")]]
+    todo = [held_out.Request(row(calls)) for calls in gold]
+    found = held_out.summary(todo, [answer(calls) for calls in made], [answer([])] * 4)
+    assert found["values_right"] == 0.5, "of Oslo, 2, Oslo and the empty text; a call too many has no gold values"
+    assert found["right_by_kind"] == {
+        "integer": {"slots": 1, "exact_match": 0, "missing": 0},
+        "presence": {"slots": 3, "exact_match": 0.667, "missing": 0.333},
+        "string": {"slots": 3, "exact_match": 0.667, "missing": 0.333},
+    }
+
+
+def test_without_a_gold_call_no_value_is_counted() -> None:
+    found = held_out.summary([held_out.Request(row([]))], [answer([call()])], [answer([])])
+    assert (found["values_right"], found["right_by_kind"]) == (None, {})
+
+
+names = st.sampled_from(["Oslo", "Rome", ""])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(names, st.one_of(st.none(), st.integers(0, 2))), max_size=4), st.randoms())
+def test_the_gold_calls_in_another_order_are_right_in_every_slot(values: list[Any], chance: Any) -> None:
+    gold = [call(city, **({} if days is None else {"days": days})) for city, days in values]
+    slots = held_out.gold_slots(row(gold), chance.sample(gold, len(gold)))
+    assert len(slots) == sum(2 + (days is not None) for _, days in values), "city, and whether days are there"
+    assert all(made == true for made, true, _ in slots)
+    assert all(made == "" for made, _, _ in held_out.gold_slots(row(gold), []))
+
+
+def test_a_longer_array_differs_in_its_length_alone_and_a_gold_call_without_a_layout_is_left_out() -> None:
+    parameters = {"type": "object", "properties": {"days": {"type": "array", "items": {"type": "integer"}}}}
+    tool = {"type": "function", "function": {"name": "plan", "parameters": {**parameters, "required": ["days"]}}}
+    gold, longer = ({"name": "plan", "arguments": {"days": days}} for days in ([4, 5], [4, 5, 6, 7]))
+    asked = Row("id", "test", [1], [2], [tool], [gold], [])
+    slots = held_out.gold_slots(asked, [longer])
+    assert [(made == true, kind) for made, true, kind in slots] == [
+        (False, "length"),
+        (True, "integer"),
+        (True, "integer"),
+    ]
+    no_days = Row("id", "test", [1], [2], [tool], [{"name": "plan", "arguments": {"weeks": 1}}], [])
+    assert held_out.gold_slots(no_days, [longer]) == []
+
+
 def test_possible_answers_decide_what_is_right_where_there_are_some() -> None:
     todo = [held_out.Request(row([call()]), [{"get_weather": {"city": ["Oslo", "Bergen"]}}])]
     found = held_out.summary(todo, [answer([call("Bergen")])], [answer([])])
@@ -295,6 +342,81 @@ def test_two_runs_of_one_model_do_not_spread(results: dict[str, Any]) -> None:
         for name, value in results["sets"]["unseen"][decoding_name].items():
             if name != "median_ms" and isinstance(value, int):
                 assert counts[name] == {"mean": value, "sd": 0, "least": value, "most": value}
+
+
+def test_the_command_prints_the_tables_of_a_file(
+    results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(results), encoding="utf-8")
+    held_out.main(["--markdown", "--out", str(path)])
+    assert capsys.readouterr().out.rstrip("\n") == "\n\n".join(tables(results))
+    assert json.loads(path.read_text(encoding="utf-8")) == results, "nothing was measured"
+    with pytest.raises(SystemExit):
+        held_out.main(["--markdown", "--out", str(tmp_path / "none.json")])
+    assert "there is no" in capsys.readouterr().err
+
+
+def test_every_part_of_a_result_has_its_table() -> None:
+    todo = [held_out.Request(row(calls)) for calls in ([call("Oslo")], [call("Rome")], [])]
+    slots = {
+        "kinds": ["string", "presence"],
+        "drafted_slots": [4, 2],
+        "accepted_slots": [3, 0],
+        "drafted_tokens": [8, 2],
+        "accepted_tokens": [7, 0],
+    }
+    written = [answer([call("Oslo")]), answer([call("Lima")]), answer([], 0.1)]
+    checked = [answer([call("Oslo")], slots=slots), *written[1:]]
+    answers = {"ar": written, "verified": checked, "diffusion": written[:1] + [answer([])] * 2}
+    counts = {name: held_out.summary(todo, made, written) for name, made in answers.items()}
+    one = {
+        "sets": {"unseen": counts},
+        "bfcl": {"multiple": counts},
+        "decision": {"unseen": held_out.decision(todo, written)},
+    }
+    own, leaderboard, decided, kinds, spreads = (
+        cells(table) for table in tables({**one, "further_models": [one], "spread": held_out.spread([one, one])})
+    )
+    forwards = ["base forwards per call", "head forwards per call"]
+    assert own == [
+        ["set", "decoding", "right", "calls right", *forwards, "values accepted", "values right", "median ms per call"],
+        ["unseen tools", "`ar`", "2 of 3", "1 of 2", "3.0", "2.0", "", "50%", "500.0"],
+        ["unseen tools", "`verified`", "2 of 3", "1 of 2", "3.0", "2.0", "75%", "50%", "500.0"],
+        ["unseen tools", "`diffusion`", "2 of 3", "1 of 2", "3.0", "2.0", "not checked", "50%", "500.0"],
+    ]
+    assert leaderboard[0][0] == "category"
+    assert [line[1:] for line in leaderboard] == [line[1:] for line in own]
+    assert decided[1] == ["unseen tools", "100%", "100%", "100%", "1.000"]
+    assert kinds[0][2:] == ["drafted", "accepted", "tokens accepted", *(f"right, `{name}`" for name in answers)]
+    assert kinds[1:3] == [
+        ["unseen tools", "presence", "2", "0%", "0%", "100% of 2", "100% of 2", "50% of 2"],
+        ["unseen tools", "string", "4", "75%", "88%", "50% of 2", "50% of 2", "50% of 2"],
+    ]
+    assert spreads[0][0] == "set, 2 models"
+    assert spreads[2] == [
+        "unseen tools",
+        "`verified`",
+        "2.0 ± 0.0 (2.0 to 2.0)",
+        "1.0 ± 0.0 (1.0 to 1.0)",
+        "3.00 ± 0.00 (3.00 to 3.00)",
+        "0.750 ± 0.000 (0.750 to 0.750)",
+        "0.500 ± 0.000 (0.500 to 0.500)",
+    ]
+
+
+def cells(table: str) -> list[list[str]]:
+    """Header and rows of a Markdown table; all are as wide as its rule."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
+    assert {len(line) for line in lines} == {len(lines[1])}
+    assert set(lines.pop(1)) == {"---"}
+    return lines
+
+
+def test_a_column_or_a_table_without_anything_in_it_is_not_printed() -> None:
+    assert markdown(["a", "b", "c"], [["1", "", "2"], ["3", "", ""]]) == "| a | c |\n|---|---|\n| 1 | 2 |\n| 3 |  |"
+    assert markdown(["a"], []) == ""
+    assert tables({"sets": {}}) == []
 
 
 def test_without_the_reference_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

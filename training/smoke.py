@@ -40,7 +40,7 @@ grammar = load_repo_module("slot_grammar")
 HALF = 20
 """Steps until the checkpoint in the middle, and from there to the end."""
 
-ROWS = 10
+ROWS = 20
 """Requests of each evaluation set, `seen` and `unseen` tools, that are drafted before and after."""
 
 LONGEST_REQUEST, LONGEST_CALL = 250, 100
