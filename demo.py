@@ -68,7 +68,7 @@ ALARM = {
     },
 }
 REQUESTS = [
-    ("a call", "What is the weather in Lisbon tomorrow?", [WEATHER, MUSIC]),
+    ("a call", "Will it rain in Berlin tomorrow?", [WEATHER, MUSIC]),
     ("a call with optional and enum arguments", "wake me up at 7 am on monday", [WEATHER, ALARM]),
     ("a chat turn", "are you a robot", [WEATHER, ALARM]),
 ]

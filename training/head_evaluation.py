@@ -115,10 +115,9 @@ class HeadEvaluation:
 
     @property
     def best_metric(self) -> str:
-        """What the best checkpoint is chosen by: acceptance by the base, which is what drafts are for, or the loss
-        where nothing is generated. Of the first set: unseen tools choose nothing unless they are all there is."""
-        name = next(iter(self.sets), "")
-        return f"{name}_acceptance" if self.acceptance_rows else f"-{name}_loss"
+        """What the best checkpoint is chosen by: the loss, since the acceptance of a few requests is mostly noise. Of
+        the first set: unseen tools choose nothing unless they are all there is."""
+        return f"-{next(iter(self.sets), '')}_loss"
 
     def _call(self, row: Row) -> HeldOutCall | None:
         """The row's call on a canvas, or None where its tools or arguments are not supported."""
