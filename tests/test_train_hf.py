@@ -216,8 +216,13 @@ def test_a_stopped_run_says_what_is_safe_and_ends_with_the_signals_code(
 
     monkeypatch.setattr(StageTrainer, "training_step", signalled)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        main(base_command(tmp_path))
+    # A shell starts jobs in the background with SIGINT ignored, and tests may be such a job.
+    interrupting = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(base_command(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, interrupting)
     assert ended.value.code == 128 + number
     assert "interrupted at step 3" in caplog.text
     assert "checkpoint-2 is whole" in caplog.text
