@@ -12,34 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, SmolLM3ForCausalLM
 
 from repo_package import ROOT
+from tiny_records import record
 from training import base as pretraining
 from training import data as rows_module
 from training import head_evaluation
 from training.base import BaseObjective, BaseRun, TokenRow
 from training.data import PromptStyle, Record, Row, build_row
 from training.trainer import TrainingError
-
-CITIES = ["Paris", "Rome", "Oslo", "Lima", "Cairo", "Quito", "Bern", "Delhi"]
-
-
-def tool(name: str) -> Record:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": f"What {name} does", "parameters": parameters},
-    }
-
-
-def record(index: int, **fields: Any) -> Record:
-    city = CITIES[index % len(CITIES)]
-    return {
-        "id": f"r{index}",
-        "source": "tiny",
-        "messages": [{"role": "user", "content": f"Weather number {index} in {city}?"}],
-        "tools": [tool("get_weather"), tool("find_hotel"), tool("play_music")],
-        "calls": [{"name": "get_weather", "arguments": {"city": city}}],
-        **fields,
-    }
 
 
 @pytest.fixture(scope="module")

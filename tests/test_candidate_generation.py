@@ -15,6 +15,7 @@ from eval.gold_choices import gold_choices
 from eval.oracle_drafter import OracleDrafter
 from repo_package import ROOT, load_repo_module
 from test_generation import TIME, WEATHER, biased, prompt_of, shared_model, tiny_model
+from tiny_models import drafted_over
 from tiny_tokenizer import tiny_tokenizer
 
 candidates = load_repo_module("candidate_generation")
@@ -265,20 +266,6 @@ def test_the_head_reads_the_prompt_once_and_without_a_forward_of_the_base(callin
     assert_memory(model, prompt, memories[0])
     assert all(memory is memories[0] for memory in memories)
     assert count[0] < len(CALL)
-
-
-@contextmanager
-def drafted_over(model: Any) -> Iterator[list[Any]]:
-    """What the head has read when it drafts, while the block runs."""
-    memories, draft = list[Any](), model.draft_log_probs
-
-    def noted(memory: Any, *args: Any) -> Tensor:
-        memories.append(memory)
-        return draft(memory, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "draft_log_probs", noted)
-        yield memories
 
 
 def assert_memory(model: Any, tokens: Tensor, memory: Any) -> None:

@@ -27,7 +27,7 @@ from repo_package import load_repo_module
 from test_batches import REQUESTS, TOOLS, replies
 from test_compiled_decoding import COARSE
 from test_generation import CLOSED, TIME, WEATHER, biased, counted_forwards, prompt_of, respond, tiny_model
-from tiny_models import BASES, SmolLMDiffusionForCausalLM, random_ids, training_batch
+from tiny_models import BASES, SmolLMDiffusionForCausalLM, drafted_over, random_ids, training_batch
 from tiny_tokenizer import tiny_tokenizer
 from training.adapter import AdapterRun, train_adapter
 from training.head import train_head
@@ -284,20 +284,6 @@ def test_verified_and_text_are_what_they_are_without_adapter(data: Any) -> None:
     together, _ = replies(model, requests, own, decoding="diffusion", drafter=drafter, **options)
     for row, (text, tools) in enumerate(zip(requests, own, strict=True)):
         assert replies(model, [text], [tools], decoding="diffusion", drafter=drafter, **options)[0] == [together[row]]
-
-
-@contextmanager
-def drafted_over(model: Any) -> Iterator[list[Any]]:
-    """What the head has read when it drafts, while the block runs."""
-    memories, draft = list[Any](), model.draft_log_probs
-
-    def noted(memory: Any, *args: Any) -> Tensor:
-        memories.append(memory)
-        return draft(memory, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "draft_log_probs", noted)
-        yield memories
 
 
 def assert_adapted_memory(model: Any, memory: Any, tokens: list[int]) -> None:

@@ -1,7 +1,10 @@
 """Tiny random bases of several architectures and models around them, for tests; built in milliseconds, no files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, SmolLM3Config
@@ -68,3 +71,17 @@ def training_batch(config: Any, rows: int = 3) -> dict[str, Tensor]:
         "scaffold_mask": scaffold_mask,
         "slot_mask": slots,
     }
+
+
+@contextmanager
+def drafted_over(model: Any) -> Iterator[list[Any]]:
+    """What the head has read when it drafts, while the block runs."""
+    memories, draft = list[Any](), model.draft_log_probs
+
+    def noted(memory: Any, *args: Any) -> Tensor:
+        memories.append(memory)
+        return draft(memory, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "draft_log_probs", noted)
+        yield memories

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from repo_package import load_repo_module
+
 logger = logging.getLogger(__name__)
 
 SHARD_PROMPTS = 64
@@ -28,7 +30,7 @@ SHARD_PROMPTS = 64
 LOCK_FILE = ".lock"
 """Held by the process that removes and writes files of a folder."""
 
-HEADS = ("diffusion_head.", "decision_head.")
+HEADS = load_repo_module("modeling_smollm_diffusion").HEAD_PREFIXES
 """Parts of a model that its features do not depend on, by the beginning of their parameters' names."""
 
 
