@@ -792,6 +792,8 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
         """Prepare config, key filter and code copying for one save, and put them back afterwards."""
         kept_keys: set[str] = set(getattr(self, "_keys_to_ignore_on_save", None) or ())
         kept_fields = dict(self.config.__dict__)
+        text_config = self.config.text_config
+        base_name = text_config.name_or_path
         auto_classes = {kind: kind._auto_class for kind in (type(self), type(self.config))}
         try:
             self.config.head_only_checkpoint, self.config.draft_adapter = head_only, self.has_draft_adapter
@@ -802,6 +804,9 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
                 # The base is loaded from its own checkpoint, so how it is quantised is decided by the next load.
                 self.config.__dict__.pop("quantization_config", None)
                 self._keys_to_ignore_on_save = {key for key in self._saved_keys() if not key.startswith(HEAD_PREFIXES)}
+            elif os.path.isdir(self.config.base_model_name_or_path or ""):
+                # A checkpoint with its own base needs no folder of this machine, and nobody else has it.
+                self.config.base_model_name_or_path, text_config.name_or_path = None, ""
             if os.path.realpath(save_directory) == os.path.dirname(os.path.realpath(__file__)):
                 for kind in auto_classes:  # the code is there already, and copying a file onto itself fails
                     kind._auto_class = None
@@ -809,6 +814,8 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
         finally:
             self._keys_to_ignore_on_save = kept_keys
             self.config.head_only_checkpoint = False
+            self.config.base_model_name_or_path = kept_fields["base_model_name_or_path"]
+            text_config.name_or_path = base_name
             if "quantization_config" in kept_fields:
                 self.config.quantization_config = kept_fields["quantization_config"]
             for kind, auto_class in auto_classes.items():

@@ -304,6 +304,8 @@ def test_a_run_trains_the_head_and_leaves_the_base(tmp_path: Path, base: Any) ->
     assert loaded.generation_config.decoding == "verified"
     assert loaded.config.field_mask == "block_causal"
     assert (loaded.config.max_value_tokens, loaded.config.max_call_tokens) == (64, 256)
+    assert loaded.config.base_model_name_or_path is None  # the base is in the checkpoint
+    assert getattr(loaded.config, "use_cache", True)  # training turned it off for itself only
 
     first, last = (entry for entry in history(run) if "eval_loss" in entry)
     assert last["eval_loss"] < first["eval_loss"]

@@ -141,6 +141,17 @@ def test_a_head_only_model_saves_self_contained_and_head_only_again(base_folder:
     assert same_weights(model, again)
 
 
+def test_a_whole_checkpoint_names_no_folder_of_this_machine(base_folder: Path, tmp_path: Path) -> None:
+    model = SmolLMDiffusionForCausalLM.from_base(base_folder, **HEAD)
+    model.save_pretrained(tmp_path / "full")
+    assert str(base_folder) not in (tmp_path / "full" / "config.json").read_text()
+    assert model.config.base_model_name_or_path == str(base_folder)
+    assert model.config.text_config.name_or_path == str(base_folder)
+    model.config.base_model_name_or_path = "somebody/base"
+    model.save_pretrained(tmp_path / "named")
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["base_model_name_or_path"] == "somebody/base"
+
+
 def test_a_head_only_checkpoint_whose_base_is_gone_says_which(base_folder: Path, tmp_path: Path) -> None:
     SmolLMDiffusionForCausalLM.from_base(base_folder, **HEAD).save_pretrained(tmp_path / "head", head_only=True)
     shutil.rmtree(base_folder)

@@ -286,6 +286,8 @@ class StageTrainer(Trainer):
             torch.set_num_threads(options.threads)
         arguments = training_arguments(options, evaluate is not None, best_metric)
         stop_early = [EarlyStop(options.patience)] if options.patience and evaluate is not None else []
+        config = getattr(model, "config", None)
+        fields = dict(vars(config)) if config is not None else {}
         super().__init__(
             model=model,
             args=arguments,
@@ -294,6 +296,10 @@ class StageTrainer(Trainer):
             data_collator=lambda batches: collate(batches[0]),
             callbacks=stop_early,
         )
+        if config is not None:
+            # transformers turns the cache off in the config, which is saved; our forwards say themselves what they need.
+            vars(config).pop("use_cache", None)
+            vars(config).update({name: value for name, value in fields.items() if name == "use_cache"})
         if options.gradient_checkpointing:
             recompute_activations(model)
         # compute_loss divides by the total of the whole optimizer step; where this is False, training_step divides by
