@@ -149,10 +149,10 @@ class Llguidance:
             raise Refused(matcher.get_error())
         if matcher.try_consume_tokens(list(opening)) < len(opening):
             raise Refused(f"The opening of a call of {name!r} is not accepted.")
-        return lambda: _LlguidanceCall(self, matcher.deep_copy())
+        return lambda: LlguidanceCall(self, matcher.deep_copy())
 
 
-class _LlguidanceCall:
+class LlguidanceCall:
     def __init__(self, engine: Llguidance, matcher: Any) -> None:
         self.engine = engine
         self.matcher = matcher
@@ -209,10 +209,10 @@ class Xgrammar:
         start = GrammarMatcher(compiled)
         if not all(map(start.accept_token, opening)):
             raise Refused(f"The opening of a call of {name!r} is not accepted.")
-        return lambda: _XgrammarCall(self, start.fork())
+        return lambda: XgrammarCall(self, start.fork())
 
 
-class _XgrammarCall:
+class XgrammarCall:
     def __init__(self, engine: Xgrammar, matcher: Any) -> None:
         self.engine = engine
         self.matcher = matcher

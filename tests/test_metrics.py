@@ -32,7 +32,9 @@ NAMES = (
     "decision_roc",
     "draft_acceptance",
     "expected_calibration_error",
+    "hallucination_rate",
     "null_tokens",
+    "relevance",
     "slot_match",
 )
 NULL = 9
@@ -122,7 +124,9 @@ VALID: dict[str, Any] = {
     "decision_roc": 1,
     "draft_acceptance": 1,
     "expected_calibration_error": 1,
+    "hallucination_rate": "[]",
     "null_tokens": [1],
+    "relevance": "[]",
     "slot_match": "1",
 }
 

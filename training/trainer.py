@@ -297,7 +297,7 @@ class StageTrainer(Trainer):
             callbacks=stop_early,
         )
         if config is not None:
-            # transformers turns the cache off in the config, which is saved; our forwards say themselves what they need.
+            # transformers turns the cache off in the config, which is saved; our forwards say what they need.
             vars(config).pop("use_cache", None)
             vars(config).update({name: value for name, value in fields.items() if name == "use_cache"})
         if options.gradient_checkpointing:
