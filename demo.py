@@ -70,7 +70,7 @@ ALARM = {
 REQUESTS = [
     ("a call", "Will it rain in Berlin tomorrow?", [WEATHER, MUSIC]),
     ("a call with optional and enum arguments", "wake me up at 7 am on monday", [WEATHER, ALARM]),
-    ("a chat turn", "are you a robot", [WEATHER, ALARM]),
+    ("a chat turn", "what can you do", [WEATHER, ALARM]),
 ]
 
 _MASKED, _ABSENT = "▒", "∅"

@@ -92,7 +92,7 @@ def options_of(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
         "eval_steps": args.steps,
         "rows_per_batch": round(args.rows * changes.pop("rows_per_batch", 1)),
         "eval_rows": args.eval_rows,
-        "acceptance_rows": args.eval_rows,
+        "acceptance_rows": args.acceptance_rows,
         "max_value_tokens": 64,  # as the default model; runaway values of a small base cost time and say nothing
         "max_call_tokens": 256,
         "feature_cache": args.work / f"features-{seed}",
@@ -181,10 +181,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--data", type=Path, nargs="*", help="folders with train/ and dev/")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation", help="where heads are kept")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each head")
+    parser.add_argument("--steps", type=int, default=90, help="optimizer steps of each head")
     parser.add_argument("--rows", type=int, default=8, help="prompts of one step")
     parser.add_argument("--prompts", type=int, default=1024, help="size of the set of prompts")
-    parser.add_argument("--eval-rows", type=int, default=64, help="held-out requests of each set")
+    parser.add_argument("--eval-rows", type=int, default=100, help="held-out requests of each set, drafted in one step")
+    parser.add_argument("--acceptance-rows", type=int, default=24, help="those of them that are decoded and checked")
     parser.add_argument("--seeds", type=int, default=3, help="heads at the defaults")
     parser.add_argument("--variants", nargs="*", default=[], help="only these choices")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
@@ -202,9 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = [trial(name, seed, args) for name, seed in tqdm(trials, desc="heads", unit="head")]
     defaults, others = found[: args.seeds], found[args.seeds :]
     print(table(defaults, others))
+    for head in found:  # where folders lie on this machine decides nothing
+        options = head["options"]
+        options["data"] = [Path(folder).name for folder in options["data"]]
+        del options["feature_cache"]
     report = {
         "command": f"python -m eval.ablation --steps {args.steps} --rows {args.rows} --prompts {args.prompts} "
-        f"--eval-rows {args.eval_rows} --seeds {args.seeds}",
+        f"--eval-rows {args.eval_rows} --acceptance-rows {args.acceptance_rows} --seeds {args.seeds}",
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
