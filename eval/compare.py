@@ -42,7 +42,7 @@ from eval.held_out import BFCL_FOLDER, BFCL_SETS, OWN_SETS, Request, requests
 from eval.held_out_tables import markdown
 from eval.load_metrics import load_metric
 from eval.resumable import PartialResults, evaluation_parser
-from eval.schema_coverage import LLGUIDANCE_OPTIONS, Refused
+from eval.schema_coverage import Refused
 from repo_package import load_repo_module
 
 dialects = load_repo_module("schema_dialects")
@@ -114,13 +114,7 @@ class LlguidanceCalls(rivals.Llguidance):
 
     def compile_calls(self, tools: Tools) -> rivals.Compiled:
         """See `CallsEngine`."""
-        from llguidance import LLMatcher
-
-        schema = json.dumps({"x-guidance": LLGUIDANCE_OPTIONS, **any_call_schema(tools)})
-        grammar = LLMatcher.grammar_from_lark(f'start: "\\n" call "\\n"\ncall: %json {schema}')
-        matcher = LLMatcher(self.tokens, grammar, log_level=0)
-        if matcher.is_error():
-            raise Refused(matcher.get_error())
+        matcher = self.matcher(any_call_schema(tools))
         return lambda: _WholeLlguidanceCall(self, matcher.deep_copy())
 
 
@@ -137,16 +131,7 @@ class XgrammarCalls(rivals.Xgrammar):
 
     def compile_calls(self, tools: Tools) -> rivals.Compiled:
         """See `CallsEngine`."""
-        from xgrammar import Grammar, GrammarMatcher
-
-        schema = json.dumps(any_call_schema(tools))
-        try:
-            call = Grammar.from_json_schema(schema, any_whitespace=False, separators=(", ", ": "))
-            line_break = Grammar.from_ebnf('root ::= "\\n"')
-            compiled = self.compiler.compile_grammar(Grammar.concat(line_break, call, line_break))
-        except RuntimeError as error:
-            raise Refused(str(error)) from None
-        start = GrammarMatcher(compiled)
+        start = self.matcher(any_call_schema(tools))
         return lambda: _WholeXgrammarCall(self, start.fork())
 
 

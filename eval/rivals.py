@@ -139,14 +139,19 @@ class Llguidance:
         self.size = size
         self.end: int = tokenizer.eos_token_id
 
-    def compile(self, name: str, parameters: Mapping[str, Any], opening: Sequence[int]) -> Compiled:
+    def matcher(self, schema: Mapping[str, Any]) -> Any:
+        """The engine's matcher of a JSON text between line breaks; raises `Refused` where it does not support it."""
         from llguidance import LLMatcher
 
-        schema = json.dumps({"x-guidance": LLGUIDANCE_OPTIONS, **call_schema(name, parameters)})
-        grammar = LLMatcher.grammar_from_lark(f'start: "\\n" call "\\n"\ncall: %json {schema}')
+        text = json.dumps({"x-guidance": LLGUIDANCE_OPTIONS, **schema})
+        grammar = LLMatcher.grammar_from_lark(f'start: "\\n" call "\\n"\ncall: %json {text}')
         matcher = LLMatcher(self.tokens, grammar, log_level=0)
         if matcher.is_error():
             raise Refused(matcher.get_error())
+        return matcher
+
+    def compile(self, name: str, parameters: Mapping[str, Any], opening: Sequence[int]) -> Compiled:
+        matcher = self.matcher(call_schema(name, parameters))
         if matcher.try_consume_tokens(list(opening)) < len(opening):
             raise Refused(f"The opening of a call of {name!r} is not accepted.")
         return lambda: LlguidanceCall(self, matcher.deep_copy())
@@ -196,17 +201,20 @@ class Xgrammar:
         # Without its cache, because compilation is timed.
         self.compiler = GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
 
-    def compile(self, name: str, parameters: Mapping[str, Any], opening: Sequence[int]) -> Compiled:
+    def matcher(self, schema: Mapping[str, Any]) -> Any:
+        """The engine's matcher of a JSON text between line breaks; raises `Refused` where it does not support it."""
         from xgrammar import Grammar, GrammarMatcher
 
-        schema = json.dumps(call_schema(name, parameters))
         try:
-            call = Grammar.from_json_schema(schema, any_whitespace=False, separators=(", ", ": "))
+            call = Grammar.from_json_schema(json.dumps(schema), any_whitespace=False, separators=(", ", ": "))
             line_break = Grammar.from_ebnf('root ::= "\\n"')
             compiled = self.compiler.compile_grammar(Grammar.concat(line_break, call, line_break))
         except RuntimeError as error:
             raise Refused(str(error)) from None
-        start = GrammarMatcher(compiled)
+        return GrammarMatcher(compiled)
+
+    def compile(self, name: str, parameters: Mapping[str, Any], opening: Sequence[int]) -> Compiled:
+        start = self.matcher(call_schema(name, parameters))
         if not all(map(start.accept_token, opening)):
             raise Refused(f"The opening of a call of {name!r} is not accepted.")
         return lambda: XgrammarCall(self, start.fork())
