@@ -8,7 +8,6 @@ again, and one of other options is refused.
 
 import argparse
 import json
-import platform
 import re
 import time
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from eval.resumable import versions
 from repo_package import ROOT
 from training.distill import DistillRun, claim, fit_to_base
 from training.head import HeadRun, fresh_model, generation_defaults, train_head
@@ -210,11 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "command": f"python -m eval.ablation --steps {args.steps} --rows {args.rows} --prompts {args.prompts} "
         f"--eval-rows {args.eval_rows} --acceptance-rows {args.acceptance_rows} --seeds {args.seeds}",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "changes": {name: VARIANTS[name] for name in names},
         "heads": found,
     }

@@ -21,7 +21,6 @@ both). The official runner (`eval/bfcl_handler.py`) shows these parameters as st
 import argparse
 import hashlib
 import json
-import platform
 import shlex
 import sys
 from collections import Counter
@@ -34,13 +33,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from eval.bfcl_checker import CheckerMissingError, OfficialChecker, load_checker
 from eval.bfcl_handler import Caller, as_tools
-from eval.resumable import PartialResults, evaluation_parser
+from eval.resumable import PartialResults, evaluation_parser, versions
 from repo_package import load_repo_module
 
 generation = load_repo_module("generation_smollm_diffusion")
@@ -455,13 +453,7 @@ def measure(
 def described(options: argparse.Namespace, checker: OfficialChecker, source: str, caller: Caller) -> dict[str, Any]:
     """What the results were made with."""
     return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-            "bfcl-eval": checker.version,
-        },
+        "versions": versions() | {"numpy": np.__version__, "bfcl-eval": checker.version},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
         "dtype": options.dtype,

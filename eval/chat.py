@@ -13,7 +13,6 @@ Ends with status 1 where anything differs.
 
 import argparse
 import hashlib
-import platform
 import random
 import shlex
 import sys
@@ -26,12 +25,11 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from eval.resumable import PartialResults, evaluation_parser
+from eval.resumable import PartialResults, evaluation_parser, versions
 from repo_package import load_repo_module
 from training.records import Record, read_records
 
@@ -552,11 +550,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         sys.exit(f"Interrupted: {len(store)} results are kept in {store.path}; the same command goes on from there.")
     report = {
         "command": command,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
         "dtype": options.dtype,

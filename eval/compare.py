@@ -18,7 +18,6 @@ against `ar` on every request. Results of an interrupted run are kept, and the s
 import argparse
 import gc
 import json
-import platform
 import random
 import shlex
 import sys
@@ -31,7 +30,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
@@ -41,7 +39,7 @@ from eval.bench_decoding import installed, load, threads
 from eval.held_out import BFCL_FOLDER, BFCL_SETS, OWN_SETS, Request, requests
 from eval.held_out_tables import markdown
 from eval.load_metrics import load_metric
-from eval.resumable import PartialResults, evaluation_parser
+from eval.resumable import PartialResults, evaluation_parser, versions
 from eval.schema_coverage import Refused
 from repo_package import load_repo_module
 
@@ -813,15 +811,10 @@ def main(arguments: list[str] | None = None) -> None:
                 f"Interrupted: {len(store)} requests are kept in {store.path}; the same command goes on from there."
             ) from None
         used = torch.get_num_threads()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **options.versions,
-    }
+    measured_with = versions() | options.versions
     report = {
         "command": options.command,
-        "versions": versions,
+        "versions": measured_with,
         "threads": used,
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
         "dtype": options.dtype,
@@ -830,7 +823,7 @@ def main(arguments: list[str] | None = None) -> None:
         "sets": sets,
     }
     store.finish(report)
-    show(sets, versions)
+    show(sets, measured_with)
     plot(sets, options.out.with_suffix(".png"))
 
 

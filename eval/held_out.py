@@ -11,7 +11,6 @@ Calling Leaderboard, where right is what its lists of possible answers allow; th
 import argparse
 import hashlib
 import json
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,13 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval.held_out_tables import tables
 from eval.load_metrics import load_metric
 from eval.possible_answers import accepts_calls
+from eval.resumable import versions
 from repo_package import ROOT, load_repo_module
 from training.data import DEFAULT_DATA, Record, Row, dev_records, evaluation_rows, held_out_records, read_records
 
@@ -528,11 +527,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = {
         "command": _command(options),
         "drafter": drafters[0],
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "threads": options.threads,
         **runs[0],
     }

@@ -24,13 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 from eval.bench_decoding import load, threads
 from eval.gold_choices import Shape, smollm3_shape
 from eval.latency_measure import MODES, PHASES, REUSED, TOOLS, Cell, LeftOut, Maker, Runner
-from eval.resumable import PartialResults, evaluation_parser
+from eval.resumable import PartialResults, evaluation_parser, versions
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "prompt": (128, 256, 512, 1024, 2048, 4096, 8192),
@@ -373,11 +372,7 @@ def surroundings(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
         "device": device_name(shape.model.device),
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "seed": options.seed,
         "repeats": options.repeats,
         "centre": asdict(Cell()),

@@ -7,7 +7,6 @@ MMLU, IFEval and MT-Bench.
 """
 
 import argparse
-import platform
 import shlex
 import sys
 import time
@@ -27,9 +26,8 @@ except ImportError as error:
     raise ImportError(missing) from error
 
 import torch
-import transformers
 
-from eval.resumable import PartialResults, evaluation_parser
+from eval.resumable import PartialResults, evaluation_parser, versions
 from repo_package import ROOT, load_repo_module
 
 tokenization = load_repo_module("tokenization_utils")
@@ -245,12 +243,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         raise
     report = {
         "command": command,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "lm_eval": lm_eval.__version__,
-        },
+        "versions": versions() | {"lm_eval": lm_eval.__version__},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
         "dtype": options.dtype,

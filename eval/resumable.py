@@ -8,9 +8,13 @@ written.
 import argparse
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from repo_package import ROOT
 from training.data import DEFAULT_DATA
@@ -37,6 +41,15 @@ def evaluation_parser(name: str, description: str | None, limit: int) -> argpars
     parser.add_argument("--device", default="cpu", help="where the model runs")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="the result file")
     return parser
+
+
+def versions() -> dict[str, str]:
+    """What a result was measured with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 class PartialResults:
