@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
@@ -467,6 +467,7 @@ def test_a_request_that_does_not_fit_the_cache_is_refused() -> None:
 def test_a_head_step_equals_draft_log_probs(
     rows: int, prompt: int, length: int, wanted: int, guidance: float, field_mask: str
 ) -> None:
+    assume(rows <= length)  # no row is padding alone: what an attention that sees nothing gives has no meaning
     model = small_model(field_mask=field_mask)
     step = step_of(model, memory_of(model, rows, prompt), length, wanted) | {"guidance_scale": guidance}
     with torch.no_grad():

@@ -380,6 +380,23 @@ def test_negatives_are_drawn_in_their_share_and_pass_the_filter(
     assert all(drawn(simple, seed).calls for seed in range(10))
 
 
+def test_talk_is_shown_beside_tools_that_nobody_asked_for(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "held_out_records", lambda data, count=200: [record(999)])
+    weights = {"train/snips": 1e-9, "text/chatterbot_corpus": 1.0}
+    always = RowStream(folder, tokenizer, weights=weights, beside_tools_share=1.0)
+    row = drawn(always, 0)
+    assert row.id.endswith("-beside-tools")
+    assert row.tools
+    assert row.calls == []
+    assert tokenizer.decode(row.target_ids) == "Hello<|im_end|>"
+    never = RowStream(folder, tokenizer, weights=weights, beside_tools_share=0.0)
+    assert not any(drawn(never, seed).tools for seed in range(10))
+    alone = RowStream(folder, tokenizer, weights={"text/chatterbot_corpus": 1.0}, beside_tools_share=1.0)
+    assert not any(drawn(alone, seed).tools for seed in range(10))
+
+
 def test_files_are_drawn_by_weight_and_several_folders_are_one_mixture(
     folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,6 +469,7 @@ def test_what_cannot_be_drawn_is_refused_at_the_start(
         ({"weights": {"train/snips": -1.0}}, "weights must be 0 or more"),
         ({"talk_weight": -1.0}, "talk_weight"),
         ({"negative_share": 2.0}, "negative_share is a share"),
+        ({"beside_tools_share": -0.1}, "beside_tools_share is a share"),
     ):
         with pytest.raises(ValueError, match=message):
             RowStream(folder, tokenizer, **options)

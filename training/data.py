@@ -377,6 +377,8 @@ class RowStream:
         talk_weight: multiplies the weights of the files whose records want no call.
         augmentation: how often tools are renamed, reordered and described less.
         negative_share: part of the drawn calls whose tools are taken away, as far as others are left.
+        beside_tools_share: part of the drawn talk without tools that is shown beside tools of another record, so that
+            having tools is no reason to call.
         leave_out: JSONL file of records to leave out (`file`, `line`, `id`), as `python -m training.audit overlap
             --drop` writes it.
         on_error: what to do with lines that are no records: `"refuse"` or `"skip"` (they are counted).
@@ -396,13 +398,15 @@ class RowStream:
     talk_weight: float = 1.0
     augmentation: Augmentation = field(default_factory=Augmentation)
     negative_share: float = 0.04
+    beside_tools_share: float = 0.4
     leave_out: Path | None = None
     on_error: OnError = "refuse"
     skipped: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.negative_share <= 1:
-            raise ValueError(f"negative_share is a share: give a number from 0 to 1, not {self.negative_share}.")
+        for name in ("negative_share", "beside_tools_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share: give a number from 0 to 1, not {getattr(self, name)}.")
         files = source_files(self.data)
         weights = self._weights(files)
         held_out = set(map(normal_text, held_out_requests(self.data)))
@@ -503,6 +507,8 @@ class RowStream:
             if rng.random() < self.negative_share:
                 negative = without_called_tools(record)
                 record = negative if negative is not None and self.keep(negative) else record
+            if label.startswith("text/") and rng.random() < self.beside_tools_share:
+                record = self._beside_tools(record, rng)
             shown, renaming = augment(record, self.augmentation, rng, described=style.description_chars >= 20)
             row = build_row(shown, self.tokenizer, style, rng, label)
             if row is not None:
@@ -512,6 +518,15 @@ class RowStream:
 
     def _drawn(self, index: int) -> Record:
         return as_record(self.dataset[index])
+
+    def _beside_tools(self, record: Record, rng: random.Random) -> Record:
+        """Talk with tools of another record beside it; reasoning keeps to itself, as does talk when there are no tools."""
+        others = [label for label in self.pools if not label.startswith("text/")]
+        if record.get("think") or record["tools"] or not others:
+            return record
+        tools = self._drawn(int(rng.choice(self.pools[rng.choice(others)])))["tools"]
+        beside = {**record, "id": f"{record['id']}-beside-tools", "tools": tools}
+        return beside if tools and self.keep(beside) else record
 
     def _with_follow_ups(self, row: Row, record: Record, renaming: Renaming, rng: random.Random) -> Row:
         """Append requests for the row's tools, as if the user went on; the texts of earlier turns stay in context.
