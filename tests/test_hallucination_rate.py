@@ -52,6 +52,7 @@ def supported(value: Any, said: Any, schema: Any = None) -> bool:
         ("Paris", "Weather in Paris?"),
         ("paris", "PARIS!"),
         ("Zurich", "to Zürich, please"),
+        ("Zu\u0308rich", "to Z\u00fcrich, please"),
         ("New York, NY", "new york ny"),
         ("the red car", "a red car"),
         ("red cars", "a red car"),

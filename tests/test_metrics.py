@@ -27,6 +27,7 @@ pytest.importorskip("datasets")
 from eval.load_metrics import load_metric, metric_names  # noqa: E402
 
 NAMES = (
+    "ast_accuracy",
     "call_match",
     "call_validity",
     "decision_roc",
@@ -97,7 +98,7 @@ def test_they_load_by_path_without_a_network_and_into_an_empty_cache(tmp_path: P
 def test_the_example_of_a_metric_is_true(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = metric(name).inputs_description
-    example = doctest.DocTestParser().get_doctest(text, {"evaluate": evaluate, "json": json}, name, None, 0)
+    example = doctest.DocTestParser().get_doctest(text, {}, name, None, 0)
     assert example.examples
     result = doctest.DocTestRunner(verbose=False).run(example)
     assert result.failed == 0
@@ -119,6 +120,7 @@ def test_columns_of_different_lengths_are_an_error(name: str) -> None:
 
 
 VALID: dict[str, Any] = {
+    "ast_accuracy": "[]",
     "call_match": "[]",
     "call_validity": "[]",
     "decision_roc": 1,
@@ -199,13 +201,28 @@ def test_a_head_that_says_null_everywhere_has_recall_and_no_real_token() -> None
     assert found["by_length"].keys() == {"2-4"}
 
 
+def test_a_row_without_positions_has_no_rates() -> None:
+    found = compute("null_tokens", predictions=[[]], references=[[]], slots=[[]], masked=[[]], null_id=NULL)
+    assert (found["positions"], found["by_length"], found["scaffold_size"]["most"]) == (0, {}, 0)
+    assert [found[rate] for rate in ("null_rate", "null_precision", "null_recall", "real_token_accuracy")] == [None] * 4
+
+
+def test_null_that_is_never_said_has_no_precision_and_null_that_never_is_has_no_recall() -> None:
+    row: dict[str, Any] = {"slots": [[0, 0]], "masked": [[1, 1]], "null_id": NULL}
+    never_said = compute("null_tokens", predictions=[[1, 1]], references=[[1, NULL]], **row)
+    assert (never_said["null_precision"], never_said["null_recall"]) == (None, 0.0)
+    never_is = compute("null_tokens", predictions=[[1, NULL]], references=[[1, 1]], **row)
+    assert (never_is["null_precision"], never_is["null_recall"]) == (0.0, None)
+
+
 def test_faulty_scaffolds_are_errors_that_name_the_row() -> None:
     row = {"predictions": [1, 2], "references": [1, 2], "slots": [-1, 0], "masked": [0, 1]}
     good = {name: [values] for name, values in row.items()}
-    bad = {
+    bad: dict[str, dict[str, list[Any]]] = {
         "lengths differ": {"predictions": [1]},
         "masked holds 1": {"masked": [0, 2]},
         "fixed text": {"masked": [1, 1]},
+        "is missing": {"predictions": [1, None]},
     }
     for message, change in bad.items():
         columns = {name: [row[name], change.get(name, row[name])] for name in row}
@@ -239,8 +256,24 @@ def test_slots_match_where_their_texts_are_equal(slots: list[tuple[str, str, str
     assert sum(rates["slots"] for rates in found["by_kind"].values()) == found["slots"] == len(slots)
 
 
-@pytest.mark.parametrize(("made", "true"), [('"Par"', '"Paris"'), ('"Paris "', '"Paris"'), ('"Paris"', '"paris"')])
-def test_neither_prefixes_nor_spaces_nor_case_are_forgiven(made: str, true: str) -> None:
+@pytest.mark.parametrize(
+    ("made", "true"),
+    [
+        ('"Par"', '"Paris"'),
+        ('"Paris "', '"Paris"'),
+        ('"Paris"', '"paris"'),
+        ("1", "1.0"),
+        ("1", "true"),
+        ("1.0", "true"),
+        ('"1"', "1"),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}'),
+        ("[1, 2]", "[1,2]"),
+        ('"\u00e9"', '"e\u0301"'),
+        ('"é"', r'"\u00e9"'),
+    ],
+)
+def test_values_are_compared_as_the_texts_that_they_are(made: str, true: str) -> None:
+    assert compute("slot_match", predictions=[true], references=[true], kinds=["string"])["exact_match"] == 1
     assert compute("slot_match", predictions=[made], references=[true], kinds=["string"])["exact_match"] == 0
 
 
@@ -326,11 +359,27 @@ def test_the_order_of_calls_and_of_properties_is_free(gold: list[Any], chance: A
         ("[1, 2]", "[2, 1]", False),
         ('"a"', '"A"', False),
         ("null", '""', False),
+        ('{"b": [1, {"c": true}]}', '{"b": [1.0, {"c": true}]}', True),
+        ('{"b": [1, {"c": 1}]}', '{"b": [1.0, {"c": true}]}', False),
+        ('{"b": null}', "{}", False),
+        ("[[1], [2]]", "[[2], [1]]", False),
+        ('"東京 🙂"', r'"\u6771\u4eac \ud83d\ude42"', True),
+        ('"\u00e9"', '"e\u0301"', False),
+        (r'"\ud800"', r'"\ud800"', True),
     ],
 )
 def test_values_are_equal_as_in_json_schema(made: str, gold: str, right: bool) -> None:
     texts = [f'[{{"name": "f", "arguments": {{"a": {value}}}}}]' for value in (made, gold)]
     assert compute("call_match", predictions=texts[:1], references=texts[1:])["right"] == [right]
+
+
+def test_equal_calls_count_as_often_as_they_are_made() -> None:
+    one, two = '{"name": "f", "arguments": {"a": 1}}', '{"name": "f", "arguments": {"a": 2}}'
+    gold = f"[{one}, {two}, {one}]"
+    made = [f"[{one}, {one}, {two}]", f"[{one}, {two}]", f"[{one}, {two}, {two}]", f"[{one}, {one}, {two}, {one}]"]
+    found = compute("call_match", predictions=made, references=[gold] * 4)
+    assert found["right"] == [True, False, False, False]
+    assert found["name_match"] == 0.5
 
 
 FAULTY_REPLIES = (
@@ -351,6 +400,31 @@ def test_what_is_no_list_of_calls_is_wrong_and_as_gold_an_error(text: str) -> No
     assert compute("call_match", predictions=[text], references=["[]"])["right"] == [False]
     with pytest.raises(ValueError, match="Reference 1 is no JSON list"):
         compute("call_match", predictions=["[]", "[]"], references=["[]", text])
+
+
+@pytest.mark.parametrize("text", [*FAULTY_REPLIES, None])
+def test_all_metrics_of_calls_take_the_same_replies_for_unread(text: str | None) -> None:
+    tools, nothing = [json.dumps(TOOLS)] * 2, ["[]"] * 2
+    made = ["[]", text]
+    assert compute("ast_accuracy", predictions=made, references=nothing)["right"] == [True, False]
+    assert compute("call_match", predictions=made, references=nothing)["right"] == [True, False]
+    assert compute("call_validity", predictions=made, tools=tools)["parsed"] == 0.5
+    assert compute("relevance", predictions=made, references=nothing)["unread"] == 1
+    assert compute("hallucination_rate", predictions=made, tools=tools, conversations=nothing)["unread"] == 1
+
+
+@pytest.mark.parametrize("depth", [10, 300, 600, 900])
+def test_a_value_of_any_depth_is_measured_or_wrong_but_no_crash(depth: int) -> None:
+    deep = f'[{{"name": "f", "arguments": {{"a": {"[" * depth}{"]" * depth}}}}}]'
+    items = {"$defs": {"list": {"items": {"$ref": "#/$defs/list"}}}, "properties": {"a": {"$ref": "#/$defs/list"}}}
+    tools = [json.dumps([{"function": {"name": "f", "parameters": items}}])]
+    right = compute("call_match", predictions=[deep], references=['[{"name": "f", "arguments": {"a": [1]}}]'])["right"]
+    assert right == [False]
+    assert not any(compute("ast_accuracy", predictions=[deep], references=['[{"f": {"a": [[1]]}}]'])["right"])
+    assert compute("call_validity", predictions=[deep], tools=tools)["valid"] in ([1.0] if depth == 10 else [0.0, 1.0])
+    invented = compute("hallucination_rate", predictions=[deep], tools=tools, conversations=["[]"])
+    assert invented["hallucinated"] == [[]]
+    assert invented["unread"] in ([0] if depth == 10 else [0, 1])
 
 
 # --------------------------------------------------------------- call_validity
@@ -409,6 +483,37 @@ def test_what_is_no_list_of_calls_is_not_valid(text: str) -> None:
 def test_arguments_that_are_no_object_are_not_valid() -> None:
     found = compute("call_validity", predictions=['[{"name": "h", "arguments": 3}]'], tools=[json.dumps(TOOLS)])
     assert (found["parsed"], found["valid"], found["unknown_names"]) == (1, 0, 0)
+    untyped = json.dumps([{"function": {"name": "h", "parameters": {"properties": {}}}}])
+    assert compute("call_validity", predictions=['[{"name": "h", "arguments": 3}]'], tools=[untyped])["valid"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "valid"),
+    [
+        ({"a": 1}, True),
+        ({"a": 1.0}, True),
+        ({"a": 1.5}, False),
+        ({"a": True}, False),
+        ({"a": "1"}, False),
+        ({"a": None}, False),
+        ({"a": 1, "b": {"a": [{"ü": "東京"}]}}, True),
+        ({"a": 1, "b": {"c": {"a": 1}}}, False),
+        ({"a": 1, "b": []}, False),
+        ({"a": 1, "é": 1}, False),
+    ],
+)
+def test_arguments_are_valid_as_in_json_schema(arguments: dict[str, Any], valid: bool) -> None:
+    calls = [{"name": "f", "arguments": arguments}] * 2
+    found = compute("call_validity", predictions=[json.dumps(calls)], tools=[json.dumps(TOOLS)])
+    assert (found["calls"], found["valid"], found["schema_valid"]) == (2, valid, valid)
+
+
+@pytest.mark.parametrize("reference", ["#/$defs/none", "https://127.0.0.1:9/schema.json"])
+def test_a_reference_out_of_the_schema_is_an_error_and_is_not_fetched(reference: str) -> None:
+    tools = json.dumps([{"function": {"name": "f", "parameters": {"properties": {"a": {"$ref": reference}}}}}])
+    call = '[{"name": "f", "arguments": {"a": 1}}]'
+    with pytest.raises(ValueError, match=r"\$ref in the tools of reply 1 cannot be resolved"):
+        compute("call_validity", predictions=["[]", call], tools=[tools] * 2)
 
 
 @pytest.mark.parametrize(
@@ -464,11 +569,22 @@ def test_impossible_counts_are_errors_that_name_the_reply() -> None:
         "Reply 0: 2 of 1 drafted slots": {"accepted_slots": [2]},
         "Reply 0: -1 of 1 drafted tokens": {"accepted_tokens": [-1]},
         "Reply 0: the lengths differ": {"drafted_slots": [1, 1]},
-        "negative": {"base_forwards": -1},
+        "Reply 0: None of 1 drafted slots": {"accepted_slots": [None]},
+        "Reply 0: a kind is a text": {"kinds": [""]},
+        "negative or missing": {"base_forwards": -1},
+        "or missing": {"calls": None},
     }
     for message, change in bad.items():
         with pytest.raises(ValueError, match=message):
             compute("draft_acceptance", **{name: [value] for name, value in {**row, **counts, **change}.items()})
+
+
+def test_replies_without_drafts_have_forwards_and_no_acceptance() -> None:
+    lists = ("kinds", "drafted_slots", "accepted_slots", "drafted_tokens", "accepted_tokens")
+    empty: dict[str, Any] = {name: [[], []] for name in lists}
+    found = compute("draft_acceptance", **empty, calls=[0, 2], base_forwards=[9, 5], head_forwards=[9, 1])
+    assert (found["slot_acceptance"], found["token_acceptance"], found["by_kind"]) == (None, None, {})
+    assert (found["base_forwards_per_call"], found["head_forwards_per_call"]) == (2.5, 0.5)
 
 
 # --------------------------------------------------------------- expected_calibration_error
@@ -503,10 +619,11 @@ def test_a_confidence_out_of_range_is_an_error(confidence: float) -> None:
         compute("expected_calibration_error", predictions=[0.5, confidence], references=[1, 1])
 
 
+@pytest.mark.parametrize("verdict", [2, -1, 0.7, math.nan])
 @pytest.mark.parametrize("name", ["expected_calibration_error", "decision_roc"])
-def test_a_verdict_is_0_or_1(name: str) -> None:
-    with pytest.raises(ValueError, match=r"Reference 1: .* got 2"):
-        compute(name, predictions=[0.5, 0.5], references=[1, 2])
+def test_a_verdict_is_0_or_1(name: str, verdict: float) -> None:
+    with pytest.raises(ValueError, match=rf"Reference 1: .* got {verdict}"):
+        compute(name, predictions=[0.5, 0.5], references=[1, verdict])
 
 
 def test_no_bins_are_an_error() -> None:

@@ -15,7 +15,17 @@ from eval.load_metrics import load_metric
 
 CALL = json.dumps([{"name": "f", "arguments": {}}])
 NONE = "[]"
-FAULTY = ("", "[", "{}", "[1]", '[{"name": "f"}]', '[{"name": 1, "arguments": {}}]', "[" * 100_000)
+FAULTY = (
+    "",
+    "[",
+    "{}",
+    "[1]",
+    '[{"name": "f"}]',
+    '[{"name": 1, "arguments": {}}]',
+    '[{"name": "f", "arguments": {"a": NaN}}]',
+    '[{"name": "f", "arguments": {}, "arguments": {}}]',
+    "[" * 100_000,
+)
 
 
 @cache
@@ -47,6 +57,13 @@ def test_what_is_no_list_of_calls_is_neither_a_call_nor_a_refusal(text: str) -> 
     found = metric().compute(predictions=[text, text], references=[CALL, NONE])
     assert (found["relevance"], found["irrelevance"], found["unread"]) == (0, 0, 2)
     assert found["calls_missing"] == found["calls_unwanted"] == 0
+
+
+def test_one_kind_of_request_has_one_rate() -> None:
+    found = metric().compute(predictions=[CALL, NONE], references=[CALL, CALL])
+    assert (found["relevance"], found["irrelevance"], found["balanced_accuracy"]) == (0.5, None, None)
+    found = metric().compute(predictions=[NONE], references=[NONE])
+    assert (found["relevance"], found["irrelevance"], found["calls_wanted"]) == (None, 1.0, 0)
 
 
 def test_a_call_of_another_tool_is_a_call() -> None:

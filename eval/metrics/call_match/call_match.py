@@ -38,6 +38,7 @@ Returns:
     A rate over nothing is None.
 
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/call_match")
     >>> gold = '[{"name": "f", "arguments": {"a": 1, "b": "x"}}, {"name": "g", "arguments": {}}]'
     >>> same = '[{"name": "g", "arguments": {}}, {"name": "f", "arguments": {"b": "x", "a": 1.0}}]'
@@ -104,7 +105,10 @@ def _calls(text: str | None) -> _Calls | None:
             return None
         if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
             return None
-        calls[call["name"], _key(call["arguments"])] += 1
+        try:
+            calls[call["name"], _key(call["arguments"])] += 1
+        except RecursionError:
+            return None  # nested more deeply than can be compared
     return calls
 
 

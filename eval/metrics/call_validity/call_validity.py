@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 import evaluate
 import jsonschema
+import referencing
+import referencing.exceptions
 
 _DESCRIPTION = """
 Share of replies that parse and whose every call names a tool that was offered, with arguments that are valid against
@@ -38,6 +40,8 @@ Returns:
     A rate over nothing is None.
 
 Examples:
+    >>> import json
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/call_validity")
     >>> schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     >>> tools = json.dumps([{"type": "function", "function": {"name": "weather", "parameters": schema}}])
@@ -68,7 +72,10 @@ class CallValidity(evaluate.Metric):
         for number, (text, offered) in enumerate(zip(predictions, tools, strict=True)):
             schemas = _schemas(offered, number)
             calls = _calls(text)
-            faults = [_faults(call, schemas) for call in calls or []]
+            try:
+                faults = [_faults(call, schemas) for call in calls or []]
+            except referencing.exceptions.Unresolvable as error:
+                raise ValueError(f"A $ref in the tools of reply {number} cannot be resolved: {error}.") from error
             counts["parsed"] += calls is not None
             counts["valid"] += calls is not None and not any(faults)
             counts["calls"] += len(faults)
@@ -100,7 +107,9 @@ def _schemas(text: str | None, number: int) -> dict[str, jsonschema.Draft202012V
         raise ValueError(
             f"The tools of reply {number} are no JSON list of OpenAI-style tools with JSON Schemas: {error}."
         ) from error
-    return {name: jsonschema.Draft202012Validator(schema) for name, schema in schemas.items()}
+    # An empty registry: what is not in the schema itself is not fetched.
+    registry: referencing.Registry[Any] = referencing.Registry()
+    return {name: jsonschema.Draft202012Validator(schema, registry=registry) for name, schema in schemas.items()}
 
 
 def _calls(text: str | None) -> list[dict[str, Any]] | None:
@@ -131,5 +140,10 @@ def _faults(call: dict[str, Any], schemas: dict[str, jsonschema.Draft202012Valid
     """What is wrong with a call: "unknown" tool, "missing" property, or "invalid" for anything else."""
     if call["name"] not in schemas:
         return {"unknown"}
-    errors = schemas[call["name"]].iter_errors(call["arguments"])
+    if not isinstance(call["arguments"], dict):
+        return {"invalid"}
+    try:
+        errors = list(schemas[call["name"]].iter_errors(call["arguments"]))
+    except RecursionError:
+        return {"invalid"}  # nested more deeply than can be checked
     return {"missing" if error.validator == "required" else "invalid" for error in errors}

@@ -38,6 +38,7 @@ Returns:
     Where only one kind of request is given, what needs the other is None, and a threshold must be given.
 
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/decision_roc")
     >>> found = metric.compute(predictions=[0.9, 0.4, 0.6, 0.1], references=[1, 1, 0, 0], threshold=0.5)
     >>> found["auc"], found["relevance"], found["irrelevance"], found["best_threshold"]
@@ -54,7 +55,7 @@ class DecisionRoc(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
             ),
         )
 

@@ -37,6 +37,7 @@ Returns:
     A rate over nothing is None.
 
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/draft_acceptance")
     >>> found = metric.compute(
     ...     kinds=[["string", "number"]], drafted_slots=[[2, 1]], accepted_slots=[[1, 1]],
@@ -77,8 +78,10 @@ class DraftAcceptance(evaluate.Metric):
         """See `inputs_description`."""
         if not kinds:
             raise ValueError("There are no replies to measure: give at least one.")
-        if min(*calls, *base_forwards, *head_forwards, 0) < 0:
-            raise ValueError("calls, base_forwards and head_forwards are numbers from 0 on; one is negative.")
+        if any(count is None or count < 0 for count in (*calls, *base_forwards, *head_forwards)):
+            raise ValueError(
+                "calls, base_forwards and head_forwards are numbers from 0 on; one is negative or missing."
+            )
         by_kind: dict[str, Counter[str]] = {}
         columns = {
             "drafted_slots": drafted_slots,
@@ -108,9 +111,11 @@ def _check(number: int, kinds: list[str], row: dict[str, list[int]]) -> None:
     lengths = {"kinds": len(kinds), **{column: len(counts) for column, counts in row.items()}}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Reply {number}: the lengths differ: {lengths}. Give one entry a slot or a kind.")
+    if not all(kinds):
+        raise ValueError(f"Reply {number}: a kind is a text that is not empty, got {kinds}.")
     for unit in _UNITS:
         for drafted, accepted in zip(row[f"drafted_{unit}s"], row[f"accepted_{unit}s"], strict=True):
-            if not 0 <= accepted <= drafted:
+            if None in (drafted, accepted) or not 0 <= accepted <= drafted:
                 raise ValueError(f"Reply {number}: {accepted} of {drafted} drafted {unit}s cannot have been accepted.")
 
 

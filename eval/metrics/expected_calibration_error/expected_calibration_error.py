@@ -33,6 +33,7 @@ Returns:
     bins: for each bin that holds something: low, high, count, confidence, accuracy.
 
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/expected_calibration_error")
     >>> found = metric.compute(predictions=[0.9, 0.9, 0.6, 0.6], references=[1, 1, 1, 0], bins=2)
     >>> found["accuracy"], round(found["expected_calibration_error"], 3), found["bins"][0]["count"]
@@ -49,7 +50,7 @@ class ExpectedCalibrationError(evaluate.Metric):
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
             ),
         )
 

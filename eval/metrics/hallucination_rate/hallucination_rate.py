@@ -47,6 +47,8 @@ Returns:
     A rate over nothing is None.
 
 Examples:
+    >>> import json
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/hallucination_rate")
     >>> properties = {"city": {"type": "string"}, "days": {"type": "integer"}, "unit": {"enum": ["C", "F"]}}
     >>> schema = {"type": "object", "properties": properties}
@@ -135,7 +137,10 @@ def _judge_reply(text: str | None, schemas: dict[str, Any], said: "_Said") -> _V
     for number, call in enumerate(calls):
         if call["name"] in schemas:
             judge = _Judge(schemas[call["name"]], said, verdict)
-            judge.value(call["arguments"], [judge.root], f"/{number}")
+            try:
+                judge.value(call["arguments"], [judge.root], f"/{number}")
+            except RecursionError:
+                return None  # nested more deeply than can be judged
         else:
             verdict.unknown_tools += 1
             for name in call["arguments"]:
@@ -545,7 +550,9 @@ def _calls(text: str | None) -> list[dict[str, Any]] | None:
     """The calls that a JSON text lists, None where it is no such list."""
     try:
         # Decimals, so that long numbers are compared as they are written.
-        listed = json.loads(text or "", parse_float=Decimal, parse_constant=_no_constant)
+        listed = json.loads(
+            text or "", parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_distinct_names
+        )
     except (ValueError, RecursionError):
         return None
     if not isinstance(listed, list):
@@ -560,6 +567,12 @@ def _calls(text: str | None) -> list[dict[str, Any]] | None:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _distinct_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return dict(pairs)
 
 
 def _schemas(text: str | None, number: int) -> dict[str, Any]:

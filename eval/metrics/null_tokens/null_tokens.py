@@ -43,6 +43,7 @@ Returns:
     A rate over nothing is None.
 
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/null_tokens")
     >>> found = metric.compute(
     ...     predictions=[[5, 7, 9, 9]], references=[[5, 7, 8, 9]], slots=[[-1, 0, 0, 0]], masked=[[0, 1, 1, 1]],
@@ -101,6 +102,8 @@ def _check(number: int, predicted: list[int], true: list[int], slots: list[int],
     lengths = {"predictions": len(predicted), "references": len(true), "slots": len(slots), "masked": len(masked)}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Row {number}: the lengths differ: {lengths}. Give one entry a position of the scaffold.")
+    if None in (*predicted, *true, *slots):
+        raise ValueError(f"Row {number}: an id or a slot's number is missing (None).")
     if any(flag not in (0, 1) for flag in masked):
         raise ValueError(
             f"Row {number}: masked holds 1 for masked positions and 0 for others, got {sorted(set(masked))}."

@@ -36,6 +36,7 @@ Returns:
     A rate over nothing is None.
 
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/relevance")
     >>> call = '[{"name": "f", "arguments": {}}]'
     >>> found = metric.compute(predictions=[call, "[]", call, "[{"], references=[call, call, "[]", "[]"])
@@ -84,7 +85,7 @@ class Relevance(evaluate.Metric):
 def _calls(text: str | None) -> bool | None:
     """Whether a JSON text lists a call; None where it is no list of calls."""
     try:
-        listed = json.loads(text or "")
+        listed = json.loads(text or "", parse_constant=_no_constant, object_pairs_hook=_distinct_names)
     except (ValueError, RecursionError):
         return None
     if not isinstance(listed, list):
@@ -95,6 +96,16 @@ def _calls(text: str | None) -> bool | None:
         if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
             return None
     return bool(listed)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _distinct_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return dict(pairs)
 
 
 def _share(found: list[bool | None], of: bool) -> float | None:

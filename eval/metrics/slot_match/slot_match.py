@@ -33,6 +33,7 @@ Returns:
     A rate over nothing is None.
 
 Examples:
+    >>> import evaluate
     >>> metric = evaluate.load("eval/metrics/slot_match")
     >>> found = metric.compute(
     ...     predictions=['"Paris"', "3", ""], references=['"Paris, France"', "3", "true"],
