@@ -1,4 +1,5 @@
-# make demo, make test, make train-smoke, make lint, make modeling-common-tests. Python 3.11 or newer must be on the path.
+# make demo, make test, make train-smoke, make evaluate, make report, make lint, make modeling-common-tests.
+# Python 3.11 or newer must be on the path.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 MODULES := $(filter-out train_hf.py demo.py repo_package.py,$(wildcard *.py))
 TRANSFORMERS = $$($(BIN)/python -c "import transformers; print(transformers.__version__)")
 
-.PHONY: demo test test-all train-smoke lint types modeling-common-tests clean
+.PHONY: demo test test-all train-smoke evaluate report lint types modeling-common-tests clean
 
 # Runtime dependencies only, so that the first demo starts soon.
 demo: $(VENV)/.runtime-stamp
@@ -24,6 +25,27 @@ test-all: $(VENV)/.dev-stamp
 # About two minutes: trains head and decision on made-up calls and checks what must hold.
 train-smoke: $(VENV)/.dev-stamp
 	$(BIN)/python -m training.smoke
+
+# Measures anew all that docs/evaluation.md shows of the shipped model, one after the other, and then makes the report;
+# an hour or two on two idle cores. `make evaluate LIMIT=50` takes as many requests of each set. Needs the data that
+# training/README.md names. Only the comparison of training choices (eval.ablation), which trains many heads, is left out.
+limit = --limit $(or $(LIMIT),$(1))
+evaluate: $(VENV)/.evaluation-stamp
+	$(BIN)/python -m training.audit overlap
+	$(BIN)/python -m eval.compare $(call limit,50)
+	$(BIN)/python -m eval.bfcl --checker-path $(VENV)/bfcl $(call limit,50)
+	$(BIN)/python -m eval.held_out --sets seen unseen simple_python multiple irrelevance --threads 1 $(call limit,60)
+	$(BIN)/python -m eval.bench_decoding --threads 1 $(call limit,100)
+	$(BIN)/python -m eval.decision --models . $(call limit,100)
+	$(BIN)/python -m eval.decoding_ablation $(call limit,50)
+	$(BIN)/python -m eval.chat $(call limit,25)
+	$(BIN)/python -m eval.latency $(call limit,50)
+	$(BIN)/python -m eval.latency --shape smollm3-3b $(call limit,50) --out eval/results/latency_smollm3_3b.json
+	$(BIN)/python -m eval.report
+
+# Tables, plots and metadata of README.md and docs/evaluation.md out of eval/results.
+report: $(VENV)/.dev-stamp
+	$(BIN)/python -m eval.report
 
 lint: $(VENV)/.dev-stamp types
 	$(BIN)/ruff check .
@@ -55,6 +77,13 @@ $(VENV)/.runtime-stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev-stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@ $(VENV)/.runtime-stamp
+
+# With the engines of others, and BFCL's checker in a folder of its own, since its package pins an old numpy.
+$(VENV)/.evaluation-stamp: pyproject.toml constraints.txt eval/bfcl_checker.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,evaluation,rivals]"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/bfcl \
+		bfcl-eval==$$($(BIN)/python -c "from eval.bfcl_checker import TESTED_VERSION; print(TESTED_VERSION)")
+	touch $@ $(VENV)/.dev-stamp $(VENV)/.runtime-stamp
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

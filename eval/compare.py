@@ -746,8 +746,8 @@ def opened(options: argparse.Namespace) -> tuple[Arena, PartialResults]:
     """
     decisive = ("model", "data", "sets", "decodings", "limit", "seed", "threads", "device", "dtype")
     try:
-        store = PartialResults(options.out, {name: getattr(options, name) for name in decisive})
         shape = load(options.model, options.device, getattr(torch, options.dtype))
+        store = PartialResults(options.out, {name: getattr(options, name) for name in decisive})
     except (OSError, ValueError) as error:
         raise SystemExit(f"eval.compare: {error}") from error
     return Arena(shape.model, shape.tokenizer, list(options.versions)), store

@@ -10,6 +10,8 @@ probability, and what the model ships with.
 import argparse
 import hashlib
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from eval.load_metrics import load_metric
+from eval.resumable import versions
 from repo_package import ROOT
 from training.augmentation import without_called_tools
 from training.data import DEFAULT_DATA, Row, dev_records, evaluation_rows, held_out_records
@@ -26,6 +29,8 @@ from training.records import Record, read_records
 
 SETS = ("seen", "unseen", "bfcl")
 ROC_POINTS = 21
+BINS = 10
+"""Of P(call), in the reliability curve."""
 BFCL_FILES = ("irrelevance", "simple_python")
 
 
@@ -83,17 +88,26 @@ def report(scores: DecisionScores, threshold: float | None) -> dict[str, Any]:
         threshold: what the model ships with; None is the base's own choice.
 
     Returns:
-        By way, what `measured` gives and the ROC curve at evenly spread points. The area and the curve do not depend on
-        a threshold.
+        By way, what `measured` gives, the ROC curve at evenly spread points and the reliability curve. The area and the
+        curves do not depend on a threshold.
     """
     base, own = scores.base_probabilities, scores.probabilities
     ways = {"base": (base, scores.base_calls), "0.5": (base, base >= 0.5)}
     if threshold is not None:
         ways["shipped"] = (own, own >= threshold)
     return {
-        name: measured(probabilities, calls, scores.wanted) | {"roc": roc_points(probabilities, scores.wanted)}
+        name: measured(probabilities, calls, scores.wanted)
+        | {"roc": roc_points(probabilities, scores.wanted), "bins": reliability(probabilities, scores.wanted)}
         for name, (probabilities, calls) in ways.items()
     }
+
+
+def reliability(probabilities: torch.Tensor, wanted: torch.Tensor) -> list[dict[str, float]]:
+    """Bins of P(call) with prompts: `low`, `high`, `count`, mean `confidence`, share that wants a call (`accuracy`)."""
+    found = load_metric("expected_calibration_error").compute(
+        predictions=probabilities.tolist(), references=wanted.long().tolist(), bins=BINS
+    )
+    return [{name: round(value, 4) for name, value in one.items()} for one in found["bins"]]
 
 
 def roc_points(probabilities: torch.Tensor, wanted: torch.Tensor) -> list[list[float]]:
@@ -123,7 +137,7 @@ def model_report(source: str, sets: dict[str, list[Row]], rows_per_batch: int) -
         found = report(decision_scores(model, rows, tokenizer, rows_per_batch), threshold)
         result["sets"][name] = {"prompts": len(rows), **found}
         for way, values in found.items():
-            shown = "  ".join(f"{key} {value:.3f}" for key, value in values.items() if key != "roc")
+            shown = "  ".join(f"{key} {value:.3f}" for key, value in values.items() if key not in ("roc", "bins"))
             print(f"  {name:6} {way:7} {shown}")
     return result
 
@@ -143,6 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.models[0], trust_remote_code=False)
     sets = {name: decision_rows(name, options.data, tokenizer, options.limit) for name in options.sets}
     results = {
+        "command": shlex.join(["python", "-m", "eval.decision", *(sys.argv[1:] if arguments is None else arguments)]),
+        "versions": versions(),
+        "threads": options.threads,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "limit": options.limit,
         "models": {source: model_report(source, sets, options.rows_per_batch) for source in options.models},
     }

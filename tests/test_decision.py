@@ -463,3 +463,4 @@ def test_the_report_compares_three_ways_on_balanced_sets(tmp_path: Path, monkeyp
         assert values["accuracy"] == pytest.approx(values["balanced_accuracy"], abs=1e-3)
         assert values["roc"][0] == [0.0, 0.0]
         assert values["roc"][-1] == [1.0, 1.0]
+        assert sum(one["count"] for one in values["bins"]) == 40
