@@ -1,4 +1,4 @@
-"""Which choice of the training objective earns its place: `python -m eval.ablation --base runs/base/final`.
+"""Which choice of the head and its training earns its place: `python -m eval.ablation --base runs/base/final`.
 
 Trains one small head per choice with the same seed on equally many prompts, everything else at the defaults of
 `training.head.HeadRun` but for what the command line says, and measures each on held-out requests. The defaults are
@@ -10,7 +10,8 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,10 +20,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from eval.decoding_ablation import SHUT
 from eval.resumable import versions
-from repo_package import ROOT
+from repo_package import ROOT, load_repo_module
 from training.distill import DistillRun, claim, fit_to_base
-from training.head import HeadRun, fresh_model, generation_defaults, train_head
+from training.head import GoldExamples, HeadRun, fit_head, fresh_model, generation_defaults, train_head
+
+heads = load_repo_module("diffusion_head")
+grammar = load_repo_module("slot_grammar")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "loss_weighting schedule (1/t)": {"loss_weighting": "schedule"},
@@ -44,6 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "field_mask block_causal": {"field_mask": "block_causal"},
     "field_mask isolated": {"field_mask": "isolated"},
     "scaffold_features base": {"scaffold_features": "base"},
+    "feature_layers last": {"feature_layers": "last"},
+    "copy head off": {"copy_head": "off"},
     "head_num_layers 2": {"head_num_layers": 2},
     "head_num_layers 4": {"head_num_layers": 4},
     "rows_per_batch half": {"rows_per_batch": 0.5},
@@ -56,7 +63,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Name of a choice -> what it changes of the defaults; `rows_per_batch` is a factor of the rows that are asked for.
 `distill_weight` is an option of distillation: the head learns what the base writes for prompts of the same number, not
-the gold calls."""
+the gold calls. `feature_layers` and `copy_head` are no options of training: they change the model that is trained."""
+
+MODEL_OPTIONS = ("feature_layers", "copy_head")
 
 DEFAULTS = "defaults"
 COLUMNS = ("acceptance", "slots_right", "calls_right")
@@ -76,7 +85,7 @@ def names_of(asked: Sequence[str]) -> list[str]:
 
 
 def options_of(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Options of one head, of `HeadRun` or, where `distill_weight` is among them, also of `DistillRun`.
+    """Options of one head, of `HeadRun` or `MODEL_OPTIONS`; where `distill_weight` is among them, also of `DistillRun`.
 
     Args:
         name: of the choice, or `DEFAULTS`.
@@ -143,13 +152,42 @@ def train(options: dict[str, Any], targets: Path) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(options["base"], trust_remote_code=False)
     run = HeadRun(**{name: value for name, value in options.items() if name in HeadRun.__dataclass_fields__})
-    if "distill_weight" not in options:
+    if "distill_weight" in options:
+        model = fresh_model(run)
+        model.generation_config = generation_defaults(tokenizer)
+        own = {name: value for name, value in options.items() if name in DistillRun.__dataclass_fields__}
+        fit_to_base(model, DistillRun(**own, targets=targets, target_rows=run.cached_prompts), tokenizer)
+    elif options.keys() & set(MODEL_OPTIONS):
+        model = changed_model(run, options)
+        model.generation_config = generation_defaults(tokenizer)
+        vocabulary = grammar.Vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+        # The same prompts as with a cache of features; the base is run in every step, since a cache would not pay here.
+        gold = GoldExamples(run, tokenizer, vocabulary, model.config, fixed=run.cached_prompts)
+        fit_head(model, run, tokenizer, gold)
+    else:
         train_head(run, tokenizer)
-        return
+
+
+def changed_model(run: HeadRun, options: Mapping[str, Any]) -> Any:
+    """The head to train, changed by `MODEL_OPTIONS`.
+
+    Args:
+        run: of the head.
+        options: `feature_layers` "last" gives a head that reads the base's last layer only; `copy_head` "off" one whose
+            gate is shut and stays so, in training and drafting. What its pointer reads still informs the last block.
+    """
     model = fresh_model(run)
-    model.generation_config = generation_defaults(tokenizer)
-    own = {name: value for name, value in options.items() if name in DistillRun.__dataclass_fields__}
-    fit_to_base(model, DistillRun(**own, targets=targets, target_rows=run.cached_prompts), tokenizer)
+    if options.get("feature_layers") == "last":
+        model.config.feature_layers = (model.config.get_text_config().num_hidden_layers,)
+        torch.manual_seed(run.seed)
+        model.diffusion_head = heads.SchemaDiffusionHead(model.config)
+        model.diffusion_head.apply(partial(heads.init_head_weights, std=model.config.initializer_range))
+    if options.get("copy_head") == "off":
+        gate = model.diffusion_head.copy_gate
+        torch.nn.init.zeros_(gate.weight)
+        torch.nn.init.constant_(gate.bias, SHUT)
+        gate.requires_grad_(False)
+    return model
 
 
 def table(defaults: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from eval import ablation
+from eval.decoding_ablation import SHUT
 from test_head_training import base  # noqa: F401
 from tiny_tokenizer import tiny_tokenizer
 from training import distill as distillation
@@ -28,7 +31,7 @@ def arguments(tmp_path: Path, *more: str) -> Any:
 
 def test_every_choice_changes_an_option_and_only_what_it_says(tmp_path: Path) -> None:
     args = arguments(tmp_path)
-    known = {field.name for kind in (HeadRun, DistillRun) for field in fields(kind)}
+    known = {field.name for kind in (HeadRun, DistillRun) for field in fields(kind)} | set(ablation.MODEL_OPTIONS)
     plain = ablation.options_of(ablation.DEFAULTS, 0, args)
     assert plain["rows_per_batch"] == 2
     assert "noise_samples" not in plain  # the defaults are those of the class
@@ -90,7 +93,7 @@ def test_heads_are_trained_and_compared(
         return [{"id": row.id, "calls": [call], "soft": {}, **shown} for row in rows]
 
     monkeypatch.setattr(distillation.BaseTeacher, "targets", told)
-    chosen = ["budgets fixed", "targets of the base"]
+    chosen = ["budgets fixed", "targets of the base", "feature_layers last", "copy head off"]
     ablation.main(words(tmp_path, "--variants", *chosen))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("| defaults, 1 seeds |") for line in lines)
@@ -100,6 +103,31 @@ def test_heads_are_trained_and_compared(
     assert all(0 <= head["measures"]["seen_slots_right"] <= 1 for head in report["heads"])
     assert (tmp_path / "work" / "targets-0" / distillation.TARGETS_FILE).exists()
     assert report["heads"][2]["options"]["distill_weight"] == 0.0
+    saved = {name: tmp_path / "work" / name / "final" for name in ("defaults-0", "feature_layers_last-0")}
+    layers = {name: json.loads((path / "config.json").read_text())["feature_layers"] for name, path in saved.items()}
+    assert layers == {"defaults-0": [1, 2], "feature_layers_last-0": [2]}
+    weights = load_file(tmp_path / "work" / "copy_head_off-0" / "final" / "model.safetensors")
+    assert weights["diffusion_head.copy_gate.bias"].tolist() == [SHUT], "shut while it drafts, too"
+    assert not weights["diffusion_head.copy_gate.weight"].any()
+
+
+def test_a_changed_head_starts_as_an_unchanged_one_but_for_what_is_changed(tmp_path: Path, base: Any) -> None:  # noqa: F811
+    run = HeadRun(
+        tmp_path / "out", base=str(tmp_path / "base"), head_hidden_size=32, head_num_layers=1, head_num_heads=2
+    )
+    plain = dict(ablation.fresh_model(run).diffusion_head.named_parameters())
+    shut = dict(ablation.changed_model(run, {"copy_head": "off"}).diffusion_head.named_parameters())
+    differing = {name for name, weight in shut.items() if not torch.equal(weight, plain[name])}
+    assert differing == {"copy_gate.bias"}
+    assert {name for name, weight in shut.items() if not weight.requires_grad} == {"copy_gate.weight", "copy_gate.bias"}
+    last = dict(ablation.changed_model(run, {"feature_layers": "last"}).diffusion_head.named_parameters())
+    assert last.keys() == plain.keys()
+    differing = {name for name, weight in last.items() if weight.shape != plain[name].shape}
+    assert differing == {"feature_proj.weight"}
+    assert last["feature_proj.weight"].shape[1] == 32
+    assert all(weight.requires_grad for weight in last.values())
+    start = last["layers.0.qkv_proj.weight"].std().item()
+    assert start == pytest.approx(plain["layers.0.qkv_proj.weight"].std().item(), rel=0.1)
 
 
 def test_the_table_has_the_range_of_the_defaults_and_the_difference_of_each_choice() -> None:
