@@ -2,7 +2,7 @@
 
 Requests come from a folder of BFCL's files (`--bfcl`), else out of the package `bfcl-eval` that the checker is in, else
 from `bfcl_open/original` in `--data`. The checker comes out of an installed `bfcl-eval`, or from `--checker-path`;
-`eval/bfcl_checker.py` says how to install it. Each request goes through each decoding, greedily, with
+docs/bfcl.md says how to install it. Each request goes through each decoding, greedily, with
 `tool_choice="auto"` and as many calls as the model allows.
 
 Categories are weighed as BFCL does: non-live is the mean of simple (itself the mean of three languages), multiple,
@@ -11,16 +11,18 @@ overall score has several turns too, which are not measured here: `overall` is t
 equal weights in it, and names what it is made of. Intervals are percentiles of a bootstrap over the requests of each
 category; one of no width (all or none right) says nothing about the error.
 
-A request that cannot be asked (its prompt is too long, or a schema is unsupported) counts as wrong. Tools are shown
-with the types of JSON Schema, `any` as string. For Java and JavaScript, values are decoded by their types and then
-written as source code. So some requests cannot be right: those whose answers name a variable where the type is a
-number, a list or a map, and those of Java where the checker rejects right source code (`tests/test_bfcl.py` lists
-both). The official runner (`eval/bfcl_handler.py`) shows these parameters as strings and adds a hint on the language.
+A request that cannot be asked (its prompt is too long, or a schema is unsupported) counts as wrong. Functions are shown
+as the official runner shows them: with a hint on the language, and parameters of Java and JavaScript as strings that
+hold source code. So the calls are those that it gets (`eval/bfcl_handler.py`). `--tools typed` shows them as BFCL has
+them, with the types of JSON Schema, `any` as string; for Java and JavaScript, values are then decoded by their types
+and written as source code. So some requests cannot be right: those whose answers name a variable where the type is a
+number, a list or a map, and those of Java where the checker rejects right source code; `tests/test_bfcl.py` lists both.
 """
 
 import argparse
 import hashlib
 import json
+import logging
 import shlex
 import sys
 from collections import Counter
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from eval.bfcl_checker import CheckerMissingError, OfficialChecker, load_checker
 from eval.bfcl_handler import Caller, as_tools
@@ -60,8 +63,10 @@ LIVE = (
     "live_irrelevance",
     "live_relevance",
 )
-DRAWS = 2000
+DRAWS = 20_000
 """Of the bootstrap."""
+TOOLS = ("official", "typed")
+"""How functions are shown."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,11 +179,13 @@ def chosen(entries: Sequence[Entry], limit: int, seed: int) -> list[Entry]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def answer(caller: Caller, entry: Entry, decoding: str) -> dict[str, Any]:
+def answer(
+    caller: Caller, messages: Sequence[dict[str, Any]], functions: Sequence[dict[str, Any]], decoding: str
+) -> dict[str, Any]:
     """The answer to one request as JSON: `calls` and what they cost, or `refused`, why it could not be asked."""
     try:
         # One token tells a text reply from a call, and nobody reads it.
-        found = caller.ask(entry.messages, as_tools(entry.functions), decoding, text_tokens=1)
+        found = caller.ask(messages, as_tools(functions), decoding, text_tokens=1)
     except ValueError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
     made = asdict(found)
@@ -186,14 +193,21 @@ def answer(caller: Caller, entry: Entry, decoding: str) -> dict[str, Any]:
     return made | {"seconds": round(found.seconds, 5)}
 
 
-def ask_all(caller: Caller, entries: Sequence[Entry], decodings: Sequence[str], kept: PartialResults) -> None:
-    """Put all requests through all decodings, but for those that are kept."""
-    for number, entry in enumerate(tqdm(entries, entries[0].category, unit="request")):
+def ask_all(
+    caller: Caller,
+    entries: Sequence[Entry],
+    functions: Sequence[Sequence[dict[str, Any]]],
+    decodings: Sequence[str],
+    kept: PartialResults,
+) -> None:
+    """Put all requests, with their functions as they are shown, through all decodings, but for those that are kept."""
+    progress = tqdm(zip(entries, functions, strict=True), entries[0].category, len(entries), unit="request")
+    for number, (entry, shown) in enumerate(progress):
         # Each decoding is first as often as the others, since the first one compiles the tools.
         place = number % len(decodings)
         for decoding in [*decodings[place:], *decodings[:place]]:
             if key(entry, decoding) not in kept:
-                kept.put(key(entry, decoding), answer(caller, entry, decoding))
+                kept.put(key(entry, decoding), answer(caller, entry.messages, shown, decoding))
 
 
 def key(entry: Entry, decoding: str) -> str:
@@ -262,6 +276,7 @@ def summary(
         "interval": interval(resampled(sum(right), len(right), seed)),
         "called": sum(called),
         "refused": len(answers) - len(asked),
+        "cut": sum(made["cut"] > 0 for made in asked),
         "calls_of_ar": None
         if reference is None
         else sum(one == other.get("calls") for one, other in zip(calls, reference, strict=True)),
@@ -362,10 +377,11 @@ def _seed(seed: int, category: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LEGEND = (
-    "called: replies that call; refused: requests that could not be asked; as ar: replies with the calls of ar; "
-    "base fw, head fw: forwards a request; median ms: from messages to calls, the compilation of new tools included"
+    "called: replies that call; refused: requests that could not be asked; cut: replies with a value that was ended at "
+    "its limit of length; as ar: replies with the calls of ar; base fw, head fw: forwards a request; median ms: from "
+    "messages to calls, the compilation of new tools included"
 )
-_HEADS = ("right", "accuracy", "95% interval", "called", "refused", "as ar", "base fw", "head fw", "median ms")
+_HEADS = ("right", "accuracy", "95% interval", "called", "refused", "cut", "as ar", "base fw", "head fw", "median ms")
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -383,6 +399,7 @@ def table(results: Mapping[str, Any]) -> str:
                 _range(row["interval"]),
                 row["called"],
                 row["refused"],
+                row["cut"],
                 row["calls_of_ar"],
                 row["base_forwards"],
                 row["head_forwards"],
@@ -434,7 +451,11 @@ def measure(
     rows: dict[str, dict[str, dict[str, Any]]] = {decoding: {} for decoding in options.decodings}
     for category, all_of_it in entries.items():
         todo = chosen(all_of_it, options.limit, options.seed)
-        ask_all(caller, todo, options.decodings, kept)
+        functions = [
+            checker.shown_functions(entry.id, entry.functions) if options.tools == "official" else entry.functions
+            for entry in todo
+        ]
+        ask_all(caller, todo, functions, options.decodings, kept)
         answers = {decoding: [kept[key(entry, decoding)] for entry in todo] for decoding in options.decodings}
         for decoding, made in answers.items():
             seed = _seed(options.seed, category)
@@ -458,6 +479,7 @@ def described(options: argparse.Namespace, checker: OfficialChecker, source: str
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
         "dtype": options.dtype,
         "data": source,
+        "tools": options.tools,
         "limit": options.limit,
         "seed": options.seed,
         "drafter": getattr(caller.model.generation_config, "drafter", None) or "head",
@@ -473,10 +495,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"of {', '.join((*NON_LIVE, *LIVE))}; by default those that are not live",
     )  # fmt: skip
     parser.add_argument("--decodings", nargs="+", default=["verified"], choices=generation.DECODINGS)
+    parser.add_argument(
+        "--tools", default="official", choices=TOOLS,
+        help="show functions as the official runner does, or as BFCL has them, with the types of parameters",
+    )  # fmt: skip
     parser.add_argument("--bfcl", type=Path, default=None, help="folder with BFCL_v4_*.json and possible_answer/")
     parser.add_argument("--checker-path", type=Path, default=None, help="folder that holds bfcl_eval, or its wheel")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.limit < 0:
+        parser.error(f"argument --limit: {options.limit} is negative; 0 takes all requests")
+    return options
+
+
+def load_caller(options: argparse.Namespace) -> Caller:
+    """The model that the options name.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: torch finds no CUDA device here.")
+    try:
+        return Caller(options.model, options.device, options.dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--model {options.model} on --device {options.device} cannot be loaded: {error}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -488,11 +531,13 @@ def main(arguments: list[str] | None = None) -> None:
         checker = load_checker(options.checker_path)
         folder, source = find_data(options.bfcl, checker, options.data)
         entries = {category: read_entries(folder, category) for category in dict.fromkeys(options.categories)}
-        caller = Caller(options.model, options.device, options.dtype)
+        caller = load_caller(options)
         deciding = {name: value for name, value in vars(options).items() if name not in ("out", "checker_path", "data")}
         kept = PartialResults(options.out, deciding | {"source": source})
     except (CheckerMissingError, DataMissingError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
+    # Values that are cut have a column of their own; a warning of each would tear the progress bars.
+    logging.getLogger(TRANSFORMERS_DYNAMIC_MODULE_NAME).setLevel(logging.ERROR)
     try:
         results = measure(caller, entries, checker, kept, options)
     except KeyboardInterrupt:

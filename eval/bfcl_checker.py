@@ -1,13 +1,15 @@
 """The official AST checker of the Berkeley Function Calling Leaderboard (BFCL), found and loaded out of `bfcl-eval`.
 
 That package pins an old numpy and some hundred more packages, of which its checker uses none. So only the checker is
-loaded, from an installed package, a folder or a wheel, with one module replaced: the table of the leaderboard's models,
-which imports the client of every vendor and of which the checker reads one field. Nothing of it stays in `sys.modules`,
+loaded, from an installed package, a folder or a wheel, and what prepares functions for a prompt, with two modules
+replaced: the table of the leaderboard's models, which imports the client of every vendor and of which the checker reads
+one field, and the runner's folders, which that module makes when it is imported. Nothing of it stays in `sys.modules`,
 so the whole package can still be imported beside it. Neither torch nor a model.
 
 For Java and JavaScript the checker takes arguments as source code; `source_text` says how values are written.
 """
 
+import copy
 import importlib
 import importlib.metadata
 import importlib.resources
@@ -48,12 +50,28 @@ class OfficialChecker:
         data: the package's folder of questions and `possible_answer/`, which may lie in a wheel.
         ast_checker: the official function.
         languages: the official enumeration of languages.
+        add_hints: the official function that prepares the functions of requests, in place.
     """
 
     version: str
     data: Traversable
     ast_checker: Any
     languages: Any
+    add_hints: Any
+
+    def shown_functions(self, name: str, functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The functions of a request as the official runner shows them to a model.
+
+        Each description ends with a hint on the language; parameters of Java and JavaScript are strings, whose
+        descriptions name the type.
+
+        Args:
+            name: id of the request, which begins with its category.
+            functions: as BFCL has them; they stay as they are.
+        """
+        request: dict[str, Any] = {"id": name, "function": copy.deepcopy(list(functions))}
+        self.add_hints([request])
+        return request["function"]
 
     def fault(
         self,
@@ -72,13 +90,14 @@ class OfficialChecker:
                 whether to call.
 
         Returns:
-            The official type of the error, or None where the calls are right.
+            The type of the error as the official runner has it, or None where the calls are right.
         """
+        if "irrelevance" in category:
+            return "irrelevance_error:decoder_success" if calls else None
+        if not calls:
+            return "relevance_error:decoder_failed" if "relevance" in category else "ast_decoder:decoder_failed"
         if "relevance" in category:
-            # As the official runner has it: any call counts, whatever it is.
-            if "irrelevance" in category:
-                return "irrelevance:called" if calls else None
-            return None if calls else "relevance:not_called"
+            return None  # any call counts, whatever it is
         language = language_of(category)
         made = [{call["name"]: call["arguments"]} for call in calls]
         if language != "python":
@@ -118,12 +137,18 @@ def load_checker(path: Path | None = None) -> OfficialChecker:
         spec.loader.exec_module(package)
         models = ModuleType(f"{PACKAGE}.constants.model_config")
         vars(models)["MODEL_CONFIG_MAPPING"] = {_MODEL: SimpleNamespace(underscore_to_dot=False)}
-        sys.modules[models.__name__] = models
+        folders = ModuleType(f"{PACKAGE}.constants.eval_config")
+        sys.modules |= {module.__name__: module for module in (models, folders)}
         try:
             checker = importlib.import_module(f"{PACKAGE}.eval_checker.ast_eval.ast_checker")
             enums = importlib.import_module(f"{PACKAGE}.constants.enums")
+            preparation = importlib.import_module(f"{PACKAGE}.utils")
             return OfficialChecker(
-                _version(path), importlib.resources.files(package) / "data", checker.ast_checker, enums.Language
+                version=_version(path),
+                data=importlib.resources.files(package) / "data",
+                ast_checker=checker.ast_checker,
+                languages=enums.Language,
+                add_hints=preparation.add_language_specific_hint_to_function_doc,
             )
         except (ImportError, AttributeError) as error:
             raise CheckerMissingError(

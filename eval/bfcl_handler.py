@@ -8,6 +8,7 @@ In an environment of its own, since `bfcl-eval` pins an old numpy (and needs sou
 
 `generate` and `evaluate` are those of the official `bfcl` and take its options; `--model`, `--decoding`, `--device` and
 `--dtype` are ours. The model is put into the table of models at run time. `Caller` and this module need no `bfcl-eval`.
+docs/bfcl.md has a run from beginning to end, and how its scores compare with those of `python -m eval.bfcl`.
 """
 
 import argparse
@@ -48,6 +49,7 @@ class Answered:
         text: of a reply that does not call.
         tokens: number of tokens of the reply.
         base_forwards, head_forwards: what it took.
+        cut: number of values that reached their limit of length and were ended there.
         seconds: wall time from messages to calls.
     """
 
@@ -56,6 +58,7 @@ class Answered:
     tokens: int
     base_forwards: int
     head_forwards: int
+    cut: int
     seconds: float
 
 
@@ -103,6 +106,7 @@ class Caller:
             len(reply.token_ids),
             reply.stats.base_forwards,
             reply.stats.head_forwards,
+            len(reply.stats.cut),
             seconds,
         )
 
@@ -238,11 +242,12 @@ def model_name(decoding: str) -> str:
     return f"smollm-diffusion-{decoding}-FC"
 
 
-def register(caller: Callable[[], Caller], decoding: str) -> str:
+def register(caller: Callable[[], Caller], model: str, decoding: str) -> str:
     """Put the model into the official table of models.
 
     Args:
         caller: gives the model.
+        model: where it is from; the table's link.
         decoding: as in `generate`.
 
     Returns:
@@ -257,7 +262,7 @@ def register(caller: Callable[[], Caller], decoding: str) -> str:
     MODEL_CONFIG_MAPPING[name] = ModelConfig(
         model_name=name,
         display_name=f"SmolLM diffusion, {decoding} (FC)",
-        url="https://huggingface.co/HuggingFaceTB/SmolLM3-3B",
+        url=model,
         org="",
         license="apache-2.0",
         model_handler=handler_class(caller, decoding),
@@ -282,11 +287,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options, official = parser.parse_known_args(arguments)
     try:
-        name = register(cache(partial(Caller, options.model, options.device, options.dtype)), options.decoding)
+        caller = cache(partial(Caller, options.model, options.device, options.dtype))
+        # All of them, since `evaluate` reads every score in its folder and fails at a name that is not in the table.
+        names = {decoding: register(caller, options.model, decoding) for decoding in generation.DECODINGS}
         from bfcl_eval.__main__ import cli
     except ImportError as error:
         raise SystemExit(f"{error}\n{MISSING}") from error
-    cli([options.command, "--model", name, *official])
+    cli([options.command, "--model", names[options.decoding], *official])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ bfcl-eval` and `PYTHONPATH=bfcl` make it so.
 """
 
 import copy
+import dataclasses
+import itertools
 import json
+import math
 import re
 import sys
 import zipfile
@@ -13,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +60,15 @@ def ast_checker(functions, made, answers, language, category, model):
     right = len(made) == 1 and list(made[0]) == [name] and made[0][name]["city"] in accepted["city"]
     return {"valid": right, "error": [] if right else ["no"], "error_type": f"wrong:{language.value}"}
 """
+UTILS = """
+from bfcl_eval.constants.eval_config import *
+
+
+def add_language_specific_hint_to_function_doc(requests):
+    for request in requests:
+        for function in request["function"]:
+            function["description"] += " " + request["id"]
+"""
 ENUMS = """
 from enum import Enum
 
@@ -96,6 +108,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "bfcl_eval" / name / "__init__.py").touch()
     (folder / "bfcl_eval" / "constants" / "enums.py").write_text(ENUMS)
     (folder / "bfcl_eval" / "constants" / "model_config.py").write_text("import every_vendor")
+    (folder / "bfcl_eval" / "constants" / "eval_config.py").write_text("raise OSError('makes folders')")
+    (folder / "bfcl_eval" / "utils.py").write_text(UTILS)
     (folder / "bfcl_eval" / "eval_checker" / "ast_eval" / "ast_checker.py").write_text(CHECKER)
     put_data(folder / "bfcl_eval" / "data")
     (folder / "bfcl_eval-7.1.dist-info").mkdir()
@@ -154,7 +168,7 @@ def official() -> OfficialChecker:
     try:
         return load_checker()
     except CheckerMissingError as error:
-        pytest.skip(f"the official checker is not installed: {error}")
+        pytest.skip(f"the official checker is not installed: {str(error).splitlines()[0]}")
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +251,26 @@ def test_the_official_checker_knows_dots_and_any_order(official: OfficialChecker
     assert official.fault("simple_python", functions, [calls[0]], answers) == "value_error:string"
 
 
+def test_the_official_hints_make_strings_of_java_and_leave_the_request_alone(official: OfficialChecker) -> None:
+    functions = [copy.deepcopy(WEATHER)]
+    (python,) = official.shown_functions("simple_python_0", functions)
+    (java,) = official.shown_functions("simple_java_0", functions_with_descriptions := [described(WEATHER)])
+    assert functions == [WEATHER]
+    assert functions_with_descriptions == [described(WEATHER)]
+    assert python == WEATHER | {"description": python["description"]}
+    assert "Python" in python["description"]
+    assert {one["type"] for one in java["parameters"]["properties"].values()} == {"string"}
+    assert "integer" in java["parameters"]["properties"]["days"]["description"]
+
+
+def described(function: dict[str, Any]) -> dict[str, Any]:
+    """The function with descriptions of its parameters, as all of BFCL's have."""
+    made = copy.deepcopy(function)
+    for name, schema in made["parameters"]["properties"].items():
+        schema["description"] = f"The {name}."
+    return made
+
+
 # --------------------------------------------------------------- finding the checker
 
 
@@ -283,9 +317,10 @@ def test_a_missing_checker_says_what_to_type(tmp_path: Path, package: Path) -> N
 def test_deciding_whether_to_call_needs_no_answer(checker: OfficialChecker) -> None:
     for category, calls, fault in [
         ("irrelevance", [], None),
-        ("live_irrelevance", [call()], "irrelevance:called"),
+        ("live_irrelevance", [call()], "irrelevance_error:decoder_success"),
         ("live_relevance", [call("Rome")], None),
-        ("live_relevance", [], "relevance:not_called"),
+        ("live_relevance", [], "relevance_error:decoder_failed"),
+        ("parallel", [], "ast_decoder:decoder_failed"),
     ]:
         assert checker.fault(category, [WEATHER], calls, []) == fault
 
@@ -357,7 +392,7 @@ def test_data_are_looked_for_in_three_places(package: Path, checker: OfficialChe
     put_data(tmp_path / "bfcl_open" / "original")
     assert bfcl.find_data(named, checker, tmp_path) == (named, str(named))
     assert bfcl.find_data(None, checker, tmp_path)[1] == "bfcl-eval 7.1"
-    bare = OfficialChecker("7.1", tmp_path / "no data", checker.ast_checker, checker.languages)
+    bare = dataclasses.replace(checker, data=tmp_path / "no data")
     assert bfcl.find_data(None, bare, tmp_path) == (tmp_path / "bfcl_open" / "original", "bfcl_open/original")
     with pytest.raises(bfcl.DataMissingError, match="--bfcl: there is no folder"):
         bfcl.find_data(tmp_path / "nowhere", checker, tmp_path)
@@ -421,22 +456,25 @@ def test_groups_are_scored_by_their_weights() -> None:
     assert low < found["overall"]["accuracy"] < high
 
 
-@settings(max_examples=30)
-@given(requests=st.integers(20, 500), share=st.floats(0.1, 0.9), seed=st.integers(0, 2**31))
-def test_intervals_are_those_of_resampling(requests: int, share: float, seed: int) -> None:
+@settings(max_examples=20, deadline=None)
+@given(requests=st.integers(20, 500), share=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_intervals_are_the_quantiles_of_resampling(requests: int, share: float, seed: int) -> None:
     right = round(share * requests)
-    shares = bfcl.resampled(right, requests, [seed, 0])
-    low, high = bfcl.interval(shares)
-    assert (low, high) == tuple(bfcl.interval(bfcl.resampled(right, requests, [seed, 0])))
-    drawn = np.random.default_rng(seed).integers(requests, size=(500, requests)) < right
-    expected = np.percentile(drawn.mean(axis=1), [2.5, 97.5])
-    # One request more or less, and five standard errors of a percentile of 500 draws.
-    assert [low, high] == pytest.approx(expected, abs=1 / requests + 0.3 / requests**0.5)
-    assert low <= right / requests <= high
+    found = bfcl.interval(bfcl.resampled(right, requests, [seed, 0]))
+    assert found == bfcl.interval(bfcl.resampled(right, requests, [seed, 0]))
+    # A sample with replacement of as many requests holds k right ones with this probability.
+    rate = right / requests
+    chances = [math.comb(requests, k) * rate**k * (1 - rate) ** (requests - k) for k in range(requests + 1)]
+    # Ends of an interval that a little less and a little more than its 95% would have.
+    for end, (outer, inner) in zip(found, [(0.02, 0.03), (0.97, 0.98)], strict=True):
+        least, most = (
+            next(k for k, sum_ in enumerate(itertools.accumulate(chances)) if sum_ > at) for at in (outer, inner)
+        )
+        assert least <= round(end * requests, 1) <= most
 
 
 def made(calls: list[Any], seconds: float = 0.5) -> dict[str, Any]:
-    return {"calls": calls, "tokens": 9, "base_forwards": 2, "head_forwards": 4, "seconds": seconds}
+    return {"calls": calls, "tokens": 9, "base_forwards": 2, "head_forwards": 4, "cut": len(calls), "seconds": seconds}
 
 
 def test_what_could_not_be_asked_is_wrong_and_costs_nothing(checker: OfficialChecker, tmp_path: Path) -> None:
@@ -446,14 +484,14 @@ def test_what_could_not_be_asked_is_wrong_and_costs_nothing(checker: OfficialChe
     reference = [made([call()]), made([call()]), {"refused": "ValueError: too long"}, made([])]
     row = bfcl.summary(found, answers, reference, checker, [0, 0])
     assert (row["requests"], row["right"], row["accuracy"]) == (4, 1, 0.25)
-    assert (row["called"], row["refused"], row["calls_of_ar"]) == (2, 1, 3)
+    assert (row["called"], row["refused"], row["cut"], row["calls_of_ar"]) == (2, 1, 2, 3)
     assert (row["base_forwards"], row["median_ms"]) == (2, 500.0)
     assert row["wrong"] == {
         "simple_python_1": "wrong:python",
         "simple_python_2": "refused",
-        "simple_python_3": "wrong:python",
+        "simple_python_3": "ast_decoder:decoder_failed",
     }
-    assert row["faults"] == {"wrong:python": 2, "refused": 1}
+    assert row["faults"] == {"wrong:python": 1, "refused": 1, "ast_decoder:decoder_failed": 1}
     refusals = bfcl.summary(
         bfcl.read_entries(tmp_path, "irrelevance"), [made([]), {"refused": "ValueError"}], None, checker, [0, 0]
     )
@@ -474,14 +512,16 @@ class Parrot:
     def __init__(self, *arguments: str) -> None:
         self.asked = 0
         self.limit = 10**9
+        self.descriptions: list[str] = []
         self.model = type("Model", (), {"generation_config": None})
 
     def ask(self, messages: Any, tools: Any, decoding: str, text_tokens: int) -> Answered:
         self.asked += 1
+        self.descriptions.append(tools[0]["function"]["description"])
         if self.asked > self.limit:
             raise KeyboardInterrupt
         calls = [] if "irrelevance" in messages[0]["content"] else [call("Oslo" if decoding == "ar" else "Rome")]
-        return Answered(calls, "", 9, 2, 0, 0.25)
+        return Answered(calls, "", 9, 2, 0, 0, 0.25)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, parrot: Parrot, *arguments: str) -> None:
@@ -511,6 +551,19 @@ def test_the_command_writes_every_number_that_it_shows(
     assert not (tmp_path / "a.partial.jsonl").exists()
 
 
+def test_functions_are_shown_as_the_official_runner_does_unless_types_are_wanted(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, suffixes in [
+        ("official", [f" simple_python_{n}" for n in range(4)] + [" irrelevance_0", " irrelevance_1"]),
+        ("typed", [""]),
+    ]:
+        parrot, out = Parrot(), tmp_path / f"{name}.json"
+        run(monkeypatch, parrot, "--checker-path", str(package), "--out", str(out), "--tools", name)
+        assert set(parrot.descriptions) == {f"Weather of a city.{suffix}" for suffix in suffixes}
+        assert json.loads(out.read_text(encoding="utf-8"))["tools"] == name
+
+
 def test_an_interrupted_command_goes_on_where_it_was(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,7 +587,9 @@ def test_an_interrupted_command_goes_on_where_it_was(
     [
         (["--categories", "simple_ruby"], "invalid choice: 'simple_ruby'"),
         (["--decodings", "beam"], "invalid choice: 'beam'"),
+        (["--limit", "-1"], "--limit: -1 is negative"),
         (["--checker-path", "nowhere"], "pip install --no-deps"),
+        (["--device", "cuda:99", "--categories", "simple_python"], "--device cuda:99"),
         (["--bfcl", "nowhere"], "--bfcl: there is no folder nowhere"),
         (["--categories", "live_parallel"], "There is no .*BFCL_v4_live_parallel.json"),
     ],
@@ -548,8 +603,22 @@ def test_a_wrong_option_gets_one_clear_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(bfcl, "Caller", Parrot)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.syspath_prepend(str(package))
     with pytest.raises(SystemExit) as raised:
         bfcl.main([*arguments, "--out", str(tmp_path / "a.json")])
     message = capsys.readouterr().err + str(raised.value)
     assert re.search(problem, message)
+
+
+def test_a_model_that_cannot_be_loaded_is_named_and_leaves_no_partial_results(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*options: str) -> Any:
+        raise OSError("no config.json")
+
+    monkeypatch.setattr(bfcl, "Caller", broken)
+    options = ["--model", "nowhere", "--categories", "irrelevance", "--checker-path", str(package)]
+    with pytest.raises(SystemExit, match=r"--model nowhere on --device cpu cannot be loaded: no config\.json"):
+        bfcl.main([*options, "--out", str(tmp_path / "a.json")])
+    assert not list(tmp_path.glob("a*"))

@@ -87,7 +87,7 @@ CLI = """
 from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING
 
 def cli(arguments):
-    print(arguments, arguments[2] in MODEL_CONFIG_MAPPING)
+    print(arguments, sorted(MODEL_CONFIG_MAPPING))
 """
 
 
@@ -133,7 +133,7 @@ class Parrot:
 
     def ask(self, messages: Any, tools: Any, decoding: str, text_tokens: int) -> Answered:
         calls = [{"name": tools[0]["function"]["name"], "arguments": {"city": "Oslo", "days": 3}}] if tools else []
-        return Answered(calls, "" if calls else "Hello.", 7, 2, 4, 0.25)
+        return Answered(calls, "" if calls else "Hello.", 7, 2, 4, 0, 0.25)
 
     def prompt_tokens(self, messages: Any, tools: Any) -> int:
         return 100
@@ -150,9 +150,10 @@ def check_handler() -> None:
     """A registered handler through the runner's own way of asking it."""
     from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING
 
-    name = bfcl_handler.register(Parrot, "verified")  # type: ignore[arg-type]
+    name = bfcl_handler.register(Parrot, "owner/parrot", "verified")  # type: ignore[arg-type]
     assert "_" not in name
     config = MODEL_CONFIG_MAPPING[name]
+    assert config.url == "owner/parrot"
     assert config.is_fc_model
     assert not config.underscore_to_dot
     handler = config.model_handler(
@@ -206,10 +207,13 @@ def test_a_model_is_loaded_when_it_is_first_asked() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_options_of_the_official_command_are_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_the_official_command_are_passed_on_and_all_decodings_are_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     bfcl_handler.main(["evaluate", "--test-category", "multiple", "--decoding", "ar", "--partial-eval"])
     given = ["evaluate", "--model", "smollm-diffusion-ar-FC", "--test-category", "multiple", "--partial-eval"]
-    assert capsys.readouterr().out == f"{given} True\n"
+    known = [f"smollm-diffusion-{decoding}-FC" for decoding in ("ar", "diffusion", "verified")]
+    assert capsys.readouterr().out == f"{given} {known}\n"
 
 
 def test_a_missing_runner_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
