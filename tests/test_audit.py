@@ -98,7 +98,7 @@ def test_a_planted_near_duplicate_is_found_and_named(tmp_path: Path) -> None:
     cell = cell_of(result)
     assert (cell.exact, cell.near, cell.short, cell.evaluation) == (1, 1, 0, 1)
     assert [(ours, theirs) for _, ours, theirs in cell.worst] == [("t2", "e0"), ("t1", "e0")]
-    assert [(found.line, found.id) for found in result.drop] == [(2, "t1"), (3, "t2")]
+    assert [(found.line, found.id, found.why) for found in result.drop] == [(2, "t1", "request"), (3, "t2", "request")]
 
 
 def test_the_threshold_decides_what_is_near(tmp_path: Path) -> None:
@@ -135,7 +135,11 @@ def test_disjoint_sets_give_zeros(tmp_path: Path) -> None:
     result = overlap_of(tmp_path, train, [record("e", OTHER, ("find_mail",), ("find_mail",))])
     assert cell_of(result) == audit.Cell()
     assert result.drop == []
-    assert audit.overlap_table(result)[-1].startswith("0 of 1 training records")
+    assert audit.overlap_table(result)[1:] == [
+        "0 of 1 training records repeat a request of 1 evaluation records",
+        "0 show a tool that an evaluation record calls, 0 call one, 0 show one with the same parameters",
+        "0 training records are to be left out",
+    ]
 
 
 def test_tool_names_are_compared_exactly_loosely_and_with_their_parameters(tmp_path: Path) -> None:
@@ -144,9 +148,71 @@ def test_tool_names_are_compared_exactly_loosely_and_with_their_parameters(tmp_p
     theirs["tools"][1]["function"] = {**theirs["tools"][1]["function"], "parameters": {"properties": {"door": {}}}}
     earlier = [{"role": "assistant", "tool_calls": [{"name": "called_only", "arguments": {}}]}]
     train.append(record("t2", LONG, ()) | {"messages": [*earlier, {"role": "user", "content": LONG}]})
-    cell = cell_of(overlap_of(tmp_path, train, [theirs]))
-    assert cell.shared_names == ["called_only", "get_mail", "lock"]
+    result = overlap_of(tmp_path, train, [theirs])
+    cell = cell_of(result)
     assert (cell.names, cell.called, cell.signatures, cell.alike) == (3, 1, 1, 4)
+    assert result.shared_tools == {"e/a": ["called_only"], audit.ALL: ["called_only"]}
+
+
+def past_call(name: str, *tools: str) -> Record:
+    """A record whose call is in an earlier turn."""
+    item = record(f"past-{name}", OTHER, tools)
+    call = {"type": "function", "function": {"name": name, "arguments": {}}}
+    item["messages"] = [{"role": "assistant", "content": None, "tool_calls": [call]}, *item["messages"]]
+    return item
+
+
+def test_training_records_count_that_show_or_call_a_tool_of_which_an_evaluation_record_asks_a_call(
+    tmp_path: Path,
+) -> None:
+    train = [
+        record("shows", OTHER, ("Open.Door", "own")),
+        record("calls", OTHER, ("open_door", "own"), ("open_door",)),
+        past_call("openDoor", "openDoor"),
+        record("shows-what-is-not-called", OTHER, ("lock_door", "own"), ("own",)),
+        record("other-parameters", OTHER, ("open_door",)),
+    ]
+    train[-1]["tools"][0]["function"]["parameters"] = {"properties": {"door": {}}}
+    evaluation = [record("e", LONG, ("open_door", "lock_door"), ("open_door",))]
+    result = overlap_of(tmp_path, train, evaluation)
+    cell = cell_of(result)
+    assert (cell.shows, cell.calls, cell.twins) == (4, 2, 1)
+    assert result.drop == [("t/a", line, train[line - 1]["id"], "tool") for line in (1, 2, 3, 5)]
+
+
+def test_a_tool_of_the_past_is_called_by_an_evaluation_record_only_where_it_is_still_shown(tmp_path: Path) -> None:
+    train = [record("t", OTHER, ("open_door",))]
+    assert cell_of(overlap_of(tmp_path, train, [past_call("open_door", "other", "open_door")])).shows == 1
+    assert cell_of(overlap_of(tmp_path, train, [past_call("open_door", "other")])).shows == 0
+
+
+def test_a_training_record_that_calls_what_it_does_not_show_is_left_out_too(tmp_path: Path) -> None:
+    result = overlap_of(tmp_path, [past_call("open_door", "own")], [record("e", LONG, calls=("open_door",))])
+    assert (cell_of(result).shows, cell_of(result).calls, len(result.drop)) == (0, 1, 1)
+
+
+def test_totals_count_each_record_once(tmp_path: Path) -> None:
+    """Both training files repeat the request that both evaluation files have, and show its tool."""
+    train = [
+        RecordFile(
+            write(tmp_path / "t" / f"{name}.jsonl.gz", [record("r0", LONG), record("r1", LONG), record("r2", OTHER)])
+        )
+        for name in "ab"
+    ]
+    evaluation = [
+        RecordFile(write(tmp_path / "e" / f"{name}.jsonl.gz", [record(name, LONG, calls=("open_door",))]))
+        for name in "ab"
+    ]
+    result = audit.overlap(train, evaluation, RequestIndex())
+    for labels, exact, owners, shows in (
+        (("t/a", "e/b"), 2, 1, 3),
+        (("t/a", audit.ALL), 2, 2, 3),
+        ((audit.ALL, "e/b"), 4, 1, 6),
+        ((audit.ALL, audit.ALL), 4, 2, 6),
+    ):
+        cell = result.cells[labels]
+        assert (cell.exact, cell.evaluation, cell.shows, cell.called, cell.signatures) == (exact, owners, shows, 1, 1)
+    assert [found.why for found in result.drop] == ["request", "request", "tool"] * 2
 
 
 # ---- Split
@@ -236,12 +302,35 @@ def test_the_overlap_command_prints_writes_and_fails_above(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert "2 of 3 training records repeat a request of 1 evaluation records" in printed
     report = json.loads(out.read_text())
-    cell = report["cells"][0]
-    assert (cell["training_file"], cell["evaluation_file"]) == ("train/a", "dev/dev")
-    assert (cell["exact"], cell["evaluation"]) == (2, 1)
-    assert report["records"] == {"dev/dev": 1, "train/a": 3}
-    assert [json.loads(line)["id"] for line in drop.read_text().splitlines()] == ["t0", "t\n1"]
+    assert report["command"].startswith("python -m training.audit overlap --train ")
+    (pair,) = report["pairs"]
+    assert (pair["training_file"], pair["evaluation_file"]) == ("train/a", "dev/dev")
+    for counts in (pair, report["totals"], report["training"]["train/a"], report["evaluation"]["dev/dev"]):
+        assert (counts["exact"], counts["evaluation"]) == (2, 1)
+    assert report["totals"]["training_records"] == report["training"]["train/a"]["records"] == 3
+    assert report["totals"]["evaluation_records"] == report["evaluation"]["dev/dev"]["records"] == 1
+    assert report["totals"]["drop"] == report["training"]["train/a"]["drop"] == {"request": 2, "tool": 0}
+    assert LONG.lower() not in out.read_text().lower()
+    assert [json.loads(line) for line in drop.read_text().splitlines()] == [
+        {"file": "train/a", "line": 1, "id": "t0", "why": "request"},
+        {"file": "train/a", "line": 2, "id": "t\n1", "why": "request"},
+    ]
     assert audit.main(["overlap", *paths, "--ngram", "0"]) == 2
+
+
+def test_records_with_a_called_tool_are_left_out_unless_asked_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "train" / "a.jsonl.gz", [record("t0", LONG), record("t1", OTHER), record("t2", OTHER, ("own",))])
+    write(tmp_path / "dev" / "dev.jsonl.gz", [record("e0", LONG, calls=("open_door",))])
+    out, drop = tmp_path / "overlap.json", tmp_path / "drop.jsonl"
+    paths = ["--train", str(tmp_path / "train"), "--evaluation", str(tmp_path / "dev")]
+    command = ["overlap", *paths, "--out", str(out), "--drop", str(drop), "--fail-above", "1"]
+    for more, status, whys in (([], 1, ["request", "tool"]), (["--drop-tools", "none"], 0, ["request"])):
+        assert audit.main([*command, *more]) == status
+        assert [json.loads(line)["why"] for line in drop.read_text().splitlines()] == whys
+        assert json.loads(out.read_text())["totals"]["drop"] == {"request": 1, "tool": len(whys) - 1}
+        assert f"{len(whys)} training records are to be left out" in capsys.readouterr().out
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -288,6 +288,37 @@ def test_the_requests_of_every_folders_evaluation_are_left_out(
         assert not trained & {item["messages"][0]["content"] for item in held_out}
 
 
+def test_held_out_problems_are_never_drawn(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    problems = [
+        record(
+            1000 + i, messages=[{"role": "user", "content": f"What is {i} plus {i}?"}], tools=[], calls=[], think="x"
+        )
+        for i in range(320)
+    ]
+    write(folder / f"{rows_module.PROBLEMS}.jsonl.gz", problems)
+    held_out = rows_module.held_out_problems(folder)
+    assert len(held_out) == 300
+    assert rows_module.held_out_problems(folder, count=10) == held_out[:10]
+    assert {item["messages"][0]["content"] for item in held_out} <= set(rows_module.held_out_requests(folder))
+    stream = RowStream(folder, tokenizer, weights={rows_module.PROBLEMS: 1.0})
+    left = {row["id"] for row in (stream.dataset[int(i)] for i in stream.pools[rows_module.PROBLEMS])}
+    assert left == {item["id"] for item in problems} - {item["id"] for item in held_out}
+    assert drawn(stream, 0).id in left
+    trained = set(rows_module.tokenizer_texts(folder))
+    said = {item["id"]: item["messages"][0]["content"] for item in problems}
+    assert {name for name in said if said[name] in trained} == left
+
+
+def test_the_order_of_a_file_does_not_decide_which_problems_are_held_out(folder: Path) -> None:
+    problems = [record(i, tools=[], calls=[]) for i in range(8)]
+    path = folder / f"{rows_module.PROBLEMS}.jsonl.gz"
+    assert rows_module.held_out_problems(folder) == []
+    write(path, problems)
+    first = rows_module.held_out_problems(folder, count=3)
+    write(path, problems[::-1])
+    assert rows_module.held_out_problems(folder, count=3) == first
+
+
 def test_evaluation_sets_are_the_same_each_time(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for records in (rows_module.held_out_records(folder, count=10), rows_module.dev_records(folder)):
         assert all(rows_module.is_simple(item) for item in records)
@@ -438,7 +469,7 @@ def test_records_of_an_audit_are_left_out(
     monkeypatch.setattr(rows_module, "held_out_records", lambda data, count=200: [record(999)])
     path = tmp_path / "drop.jsonl"
     keep = {5, 17}
-    lines = [{"file": "train/snips", "line": i + 1, "id": f"r{i}"} for i in range(40) if i not in keep]
+    lines = [{"file": "train/snips", "line": i + 1, "id": f"r{i}", "why": "tool"} for i in range(40) if i not in keep]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     stream = RowStream(folder, tokenizer, weights={"train/snips": 1.0}, leave_out=path, negative_share=0.0)
     assert {drawn(stream, seed).id for seed in range(30)} == {"r5", "r17"}

@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from eval.chat import plain_base
 from eval.resumable import PartialResults
 from eval.tasks import maths_think
 from repo_package import ROOT
-from training.data import write_records
+from training.data import PROBLEMS, held_out_problems, read_records, write_records
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason='needs pip install "lm_eval[hf]"')
 
@@ -33,6 +34,12 @@ def model(adapter: Any) -> Any:
     return adapter.SmolLMDiffusionLM(dtype="float32", device="cpu", batch_size=1, enable_thinking=True)
 
 
+@pytest.fixture(scope="module")
+def base(model: Any) -> Any:
+    """The shipped model's base as transformers alone loads it."""
+    return plain_base(model.model, None, torch.float32, "cpu")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with three problems."""
@@ -47,7 +54,7 @@ def data(tmp_path: Path) -> Path:
         }
         for number in (1, 600, 7)
     ]
-    write_records(tmp_path / maths_think.PROBLEMS, problems)
+    write_records(tmp_path / f"{PROBLEMS}.jsonl.gz", problems)
     return tmp_path
 
 
@@ -97,10 +104,18 @@ def test_problems_come_in_an_order_that_the_file_does_not_decide(data: Path) -> 
     found = maths_think.problems(data, version=1.0)["test"]
     assert sorted(found["answer"]) == ["1200", "14", "2"]
     assert found.column_names == ["id", "question", "answer"]
-    write_records(
-        data / maths_think.PROBLEMS, list(reversed(list(maths_think.read_records(data / maths_think.PROBLEMS))))
-    )
+    path = data / f"{PROBLEMS}.jsonl.gz"
+    write_records(path, list(read_records(path))[::-1])
     assert maths_think.problems(data)["test"]["id"] == found["id"]
+
+
+def test_the_problems_are_those_that_training_holds_out(data: Path) -> None:
+    path = data / f"{PROBLEMS}.jsonl.gz"
+    (problem, *_) = read_records(path)
+    write_records(path, [{**problem, "id": f"problem-{number}"} for number in range(310)])
+    held_out = [record["id"] for record in held_out_problems(data)]
+    assert len(held_out) == 300
+    assert maths_think.problems(data)["test"]["id"] == held_out
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -108,13 +123,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         maths_think.problems(tmp_path)
 
 
-def test_the_task_says_that_its_problems_were_trained_on() -> None:
+def test_the_task_says_that_the_shipped_base_may_have_seen_its_problems() -> None:
     class Loader(yaml.SafeLoader):
         """Reads `!function` as a name."""
 
     Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
     task = yaml.load((ROOT / "eval" / "tasks" / "maths_think.yaml").read_text(encoding="utf-8"), Loader)
-    assert "in the training mixture" in task["metadata"]["note"]
+    assert "trained before these problems were held out" in task["metadata"]["note"]
     functions = [task["custom_dataset"], task["process_results"]]
     assert all(hasattr(maths_think, name.removeprefix("maths_think.")) for name in functions)
     assert {metric["metric"] for metric in task["metric_list"]} == set(maths_think.score({"answer": "1"}, ["1"]))
@@ -139,15 +154,34 @@ def test_the_harness_knows_the_model_by_its_name(adapter: Any) -> None:
 
 
 @needs_harness
-def test_replies_are_those_of_generate_and_as_long_as_the_task_asks(model: Any) -> None:
+def test_replies_are_those_of_the_plain_base_and_as_long_as_the_task_asks(model: Any, base: Any) -> None:
     prompt = model.apply_chat_template([{"role": "user", "content": "hello"}])
     ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ends = {"eos_token_id": model.tokenizer.eos_token_id, "pad_token_id": model.tokenizer.pad_token_id}
     for tokens in (3, 9):
         (reply,) = model.generate_until([request(prompt, tokens)], disable_tqdm=True)
-        expected = model.model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
+        expected = base.generate(ids, max_new_tokens=tokens, do_sample=False, **ends)[0, ids.shape[1] :]
         assert expected.shape[0] <= tokens
         whole = model.tokenizer.decode(expected, skip_special_tokens=True)
         assert reply == whole.split("</think>")[-1].lstrip() if "</think>" in whole else reply == whole
+
+
+@needs_harness
+def test_likelihoods_are_those_of_the_plain_base(model: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "enable_thinking", False)  # the harness takes no likelihoods in think mode
+    prompt = model.apply_chat_template([{"role": "user", "content": "hello"}])
+    context = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    greedy = model.tokenizer.decode(base.generate(context, max_new_tokens=3, do_sample=False)[0, context.shape[1] :])
+    texts = [greedy, "yes", "No, not on 12 May."]
+    found = model.loglikelihood([instance("loglikelihood", prompt, text) for text in texts], disable_tqdm=True)
+    assert [is_greedy for _, is_greedy in found] == [True, False, False]
+    for text, (chance, _) in zip(texts, found, strict=True):
+        whole = model.tokenizer(prompt + text, return_tensors="pt")["input_ids"]
+        told = whole[0, context.shape[1] :]
+        assert whole[0, : context.shape[1]].tolist() == context[0].tolist()
+        with torch.no_grad():
+            chances = base(whole).logits.log_softmax(-1)[0, context.shape[1] - 1 : -1]
+        assert chance == pytest.approx(chances.gather(-1, told[:, None]).sum().item(), abs=1e-4)
 
 
 @needs_harness
@@ -210,8 +244,8 @@ def test_a_run_of_the_local_task(
     assert report["documents"] == 3
     assert report["metrics"]["answered,none"] == pytest.approx(2 / 3)
     assert report["metrics"]["exact_match,none"] in (0.0, pytest.approx(1 / 3))
-    assert "in the training mixture" in report["note"]
-    assert "in the training mixture" in capsys.readouterr().out
+    assert "before these problems were held out" in report["note"]
+    assert "before these problems were held out" in capsys.readouterr().out
     assert not list(data.glob("*.partial.jsonl"))
 
 

@@ -1,33 +1,41 @@
 """What training and evaluation records share, and splits that share no tool: `python -m training.audit overlap|split`.
 
-Takes record files, JSONL, gzipped or not. `overlap` counts requests and tool names that training files share with
-evaluation files; `split` parts records so that no tool stands on both sides. Words are what spaces and punctuation
-part; whether two differently worded requests mean the same, it does not know. No torch, no model.
+Takes record files, JSONL, gzipped or not. `overlap` counts the training records that repeat a request of an evaluation
+set or have a tool that one calls, and lists them to be left out; `split` parts records so that no tool stands on both
+sides. Words are what spaces and punctuation part; whether two differently worded requests mean the same, it does not
+know. No torch, no model.
 """
 
 import argparse
 import gzip
 import hashlib
 import json
+import platform
 import random
 import re
+import shlex
 import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from repo_package import ROOT
+
 from .data import DEFAULT_DATA
 from .records import Record, RecordError, RecordFile, bare_call, record_files
 
 DEFAULT_TRAIN = [DEFAULT_DATA / "train", DEFAULT_DATA / "text"]
 DEFAULT_EVALUATION = [DEFAULT_DATA / "dev", DEFAULT_DATA / "bfcl_open" / "normalised"]
+DEFAULT_OUT = ROOT / "eval" / "results" / "audit.json"
+ALL = "all"
+"""In place of a file's label: all files of that side. Labels have a slash."""
 
 _WORD = re.compile(r"[^\W_]+")
 _APOSTROPHES = str.maketrans("", "", "'’ʼ")
@@ -173,27 +181,47 @@ def _grams(ids: Sequence[int], length: int) -> set[int]:
 
 @dataclass
 class ToolNames:
-    """Tool names of one file: all, those of expected calls, with their parameters' names, and by `tool_key`."""
+    """Tools of one file or several.
+
+    Args:
+        names: of tools that are shown or called.
+        keys: `tool_key` of those.
+        signatures: of tools that are shown.
+        called: names of tools that are shown and called, now or earlier in the conversation. A tool of the past that is
+            no longer shown is not asked for.
+        called_keys: `tool_key` of those.
+        called_signatures: of those, as they are shown.
+    """
 
     names: set[str] = field(default_factory=set)
-    called: set[str] = field(default_factory=set)
-    signatures: set[tuple[str, ...]] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)
+    signatures: set[tuple[str, ...]] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
+    called_keys: set[str] = field(default_factory=set)
+    called_signatures: set[tuple[str, ...]] = field(default_factory=set)
 
     def add(self, record: Record) -> None:
         """Add the tools that a record shows or calls."""
-        for tool in record["tools"]:
-            self.signatures.add(signature(tool["function"]))
-        self.called.update(call["name"] for call in record["calls"])
-        for name in (*shown_names(record), *called_names(record)):
-            if name not in self.names:
-                self.names.add(name)
-                self.keys.add(tool_key(name))
+        shown, called = set(shown_names(record)), set(called_names(record))
+        new = (shown | called) - self.names
+        self.names |= new
+        self.keys.update(map(tool_key, new))
+        called &= shown
+        self.called_keys.update(map(tool_key, called - self.called))
+        self.called |= called
+        tools = {signature(tool["function"]) for tool in record["tools"]}
+        self.signatures |= tools
+        self.called_signatures.update(tool for tool in tools if tool[0] in called)
+
+    def update(self, other: "ToolNames") -> None:
+        """Add the tools of another file."""
+        for part in fields(self):
+            getattr(self, part.name).update(getattr(other, part.name))
 
 
 @dataclass
 class Cell:
-    """What one training file shares with one evaluation file.
+    """What training files share with evaluation files. The first four and the last three are numbers of records.
 
     Args:
         exact: training records with a user message equal to a request.
@@ -201,11 +229,13 @@ class Cell:
         short: other training records with a message equal to a request too short to mean anything.
         evaluation: evaluation records whose request was found, exactly or nearly.
         names: tool names on both sides, shown or called.
-        called: those of them that the evaluation expects calls of; unseen tools have none.
+        called: those of them that the evaluation side calls.
+        alike: the evaluation side's tool names that are on the other when case and punctuation do not count.
         signatures: tools on both sides with the same name and the same parameter names.
-        alike: the evaluation file's tool names that are in the training file when case and punctuation do not count.
-        worst: (share, training id, evaluation id), largest share first.
-        shared_names: the names counted in `names`.
+        shows: training records that show a tool which the evaluation side calls, case and punctuation not counted.
+        calls: training records that call such a tool, now or earlier in the conversation.
+        twins: training records that show one with exactly its name and its parameter names.
+        worst: (share, training id, evaluation id), largest share first; of two files only.
     """
 
     exact: int = 0
@@ -214,18 +244,31 @@ class Cell:
     evaluation: int = 0
     names: int = 0
     called: int = 0
-    signatures: int = 0
     alike: int = 0
+    signatures: int = 0
+    shows: int = 0
+    calls: int = 0
+    twins: int = 0
     worst: list[tuple[float, str, str]] = field(default_factory=list)
-    shared_names: list[str] = field(default_factory=list)
+
+
+_COLUMNS = tuple(part.name for part in fields(Cell) if part.name != "worst")
 
 
 class Found(NamedTuple):
-    """A training record that repeats a request of an evaluation set."""
+    """A training record to leave out.
+
+    Args:
+        file: label of its file.
+        line: its number, from 1.
+        id: of the record.
+        why: `request`: it repeats one of an evaluation set; else `tool`: it shows or calls a tool that one calls.
+    """
 
     file: str
     line: int
     id: str
+    why: str
 
 
 @dataclass
@@ -233,16 +276,18 @@ class Overlap:
     """Outcome of `overlap`.
 
     Args:
-        cells: for each training file's label and evaluation file's label.
+        cells: for each training file's label and evaluation file's label, either of which may be `ALL`.
         records: records per label.
-        drop: training records with an exact or near match, in the order of the files.
+        drop: training records to leave out, in the order of the files.
         skipped: corrupt lines passed over, per label.
+        shared_tools: for each evaluation file's label and `ALL`, its called tools that training records show or call.
     """
 
-    cells: dict[tuple[str, str], Cell]
-    records: dict[str, int]
-    drop: list[Found]
-    skipped: dict[str, int]
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    records: dict[str, int] = field(default_factory=dict)
+    drop: list[Found] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    shared_tools: dict[str, list[str]] = field(default_factory=dict)
 
 
 def overlap(
@@ -265,61 +310,125 @@ def overlap(
         RecordError: a file cannot be read, or two have the same folder and name.
     """
     _check_labels([*train, *evaluation])
-    result = Overlap({}, {}, [], {})
-    theirs = []
-    for number, file in enumerate(evaluation):
-        theirs.append(ToolNames())
-        result.records[file.label] = 0
-        for _, record in file.records():
-            result.records[file.label] += 1
-            theirs[-1].add(record)
-            for text in user_texts(record)[-1:]:
-                index.add(text, number, record["id"])
-        result.skipped[file.label] = file.skipped
+    result = Overlap()
+    theirs = [_evaluation_tools(file, number, index, result) for number, file in enumerate(evaluation)]
+    theirs.append(ToolNames())
+    for names in theirs[:-1]:
+        theirs[-1].update(names)
+    labels = [*(file.label for file in evaluation), ALL]
+    everything = _Row.empty(len(theirs))
     for file in tqdm(train, desc="training files", unit="file", disable=None):
-        cells, ours = _file_overlap(file, len(evaluation), index, examples, result)
-        for cell, names, other in zip(cells, theirs, evaluation, strict=True):
-            cell.shared_names = sorted(ours.names & names.names)
-            cell.names = len(cell.shared_names)
-            cell.called = len(ours.names & names.called)
-            cell.signatures = len(ours.signatures & names.signatures)
-            cell.alike = sum(tool_key(name) in ours.keys for name in names.names)
-            result.cells[file.label, other.label] = cell
+        row = _file_overlap(file, theirs, index, examples, result)
+        everything.add(row)
+        for label, cell in zip(labels, row.whole(theirs, index), strict=True):
+            result.cells[file.label, label] = cell
+    for label, cell, names in zip(labels, everything.whole(theirs, index), theirs, strict=True):
+        result.cells[ALL, label] = cell
+        result.shared_tools[label] = sorted(name for name in names.called if tool_key(name) in everything.tools.keys)
     return result
 
 
+def _evaluation_tools(file: RecordFile, number: int, index: RequestIndex, result: Overlap) -> ToolNames:
+    """The tools of one evaluation file, whose requests go into the index."""
+    names = ToolNames()
+    result.records[file.label] = 0
+    for _, record in file.records():
+        result.records[file.label] += 1
+        names.add(record)
+        for text in user_texts(record)[-1:]:
+            index.add(text, number, record["id"])
+    result.skipped[file.label] = file.skipped
+    return names
+
+
+@dataclass
+class _Row:
+    """What one training file or all share with each evaluation file and, last, with all of them.
+
+    Args:
+        cells: the counts of records.
+        hit: numbers of the requests that were found, exactly or nearly.
+        tools: of the training side.
+    """
+
+    cells: list[Cell]
+    hit: list[set[int]]
+    tools: ToolNames
+
+    @classmethod
+    def empty(cls, columns: int) -> "_Row":
+        return cls([Cell() for _ in range(columns)], [set() for _ in range(columns)], ToolNames())
+
+    def add(self, other: "_Row") -> None:
+        """Add the counts of another training file; no record is in both."""
+        for cell, more in zip(self.cells, other.cells, strict=True):
+            for name in ("exact", "near", "short", "shows", "calls", "twins"):
+                setattr(cell, name, getattr(cell, name) + getattr(more, name))
+        for requests, found in zip(self.hit, other.hit, strict=True):
+            requests |= found
+        self.tools.update(other.tools)
+
+    def whole(self, theirs: Sequence[ToolNames], index: RequestIndex) -> list[Cell]:
+        """The cells with what is not a count of training records: evaluation records and tools."""
+        for number, (cell, names) in enumerate(zip(self.cells, theirs, strict=True)):
+            owners = [owner for request in self.hit[number] for owner, _ in index.owners[request]]
+            # The last column is that of all evaluation files.
+            cell.evaluation = len(owners) if number == len(theirs) - 1 else owners.count(number)
+            cell.names = len(self.tools.names & names.names)
+            cell.called = len(self.tools.names & names.called)
+            cell.signatures = len(self.tools.signatures & names.signatures)
+            cell.alike = sum(tool_key(name) in self.tools.keys for name in names.names)
+        return self.cells
+
+
 def _file_overlap(
-    file: RecordFile, evaluations: int, index: RequestIndex, examples: int, result: Overlap
-) -> tuple[list[Cell], ToolNames]:
-    """Requests shared by one training file, one cell per evaluation file; also the file's tool names."""
-    cells = [Cell() for _ in range(evaluations)]
-    hit: list[set[int]] = [set() for _ in range(evaluations)]
+    file: RecordFile, theirs: Sequence[ToolNames], index: RequestIndex, examples: int, result: Overlap
+) -> _Row:
+    """What one training file shares with each evaluation file."""
+    row = _Row.empty(len(theirs))
     # Decisions of one dialogue follow each other and repeat its messages.
     matches = lru_cache(maxsize=4096)(index.matches)
-    names = ToolNames()
     result.records[file.label] = 0
     for line, record in file.records():
         result.records[file.label] += 1
-        names.add(record)
+        row.tools.add(record)
         found = {match for text in user_texts(record) for match in matches(text)}
-        if any(match.kind != "short" for match in found):
-            result.drop.append(Found(file.label, line, record["id"]))
-        kinds: list[set[str]] = [set() for _ in range(evaluations)]
-        for match in found:
-            for number, owner in index.owners[match.request]:
-                kinds[number].add(match.kind)
-                if match.kind != "short":
-                    hit[number].add(match.request)
-                    _keep_worst(cells[number].worst, (match.share, record["id"], owner), examples)
-        for cell, seen in zip(cells, kinds, strict=True):
-            for kind in ("exact", "near", "short"):
-                if kind in seen:
-                    setattr(cell, kind, getattr(cell, kind) + 1)
-                    break
-    for number, cell in enumerate(cells):
-        cell.evaluation = sum(owner == number for request in hit[number] for owner, _ in index.owners[request])
+        _count_requests(row, record["id"], found, index, examples)
+        has_tool = _count_tools(row.cells, record, theirs)
+        has_request = any(match.kind != "short" for match in found)
+        if has_request or has_tool:
+            result.drop.append(Found(file.label, line, record["id"], "request" if has_request else "tool"))
     result.skipped[file.label] = file.skipped
-    return cells, names
+    return row
+
+
+def _count_requests(row: _Row, record_id: str, found: Iterable[Match], index: RequestIndex, examples: int) -> None:
+    """Count one training record by the nearest of its matches with each evaluation file."""
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for match in found:
+        for number, owner in index.owners[match.request]:
+            if match.kind != "short":
+                _keep_worst(row.cells[number].worst, (match.share, record_id, owner), examples)
+            for column in (number, len(row.cells) - 1):
+                kinds[column].add(match.kind)
+                if match.kind != "short":
+                    row.hit[column].add(match.request)
+    for column, seen in kinds.items():
+        kind = next(kind for kind in ("exact", "near", "short") if kind in seen)
+        setattr(row.cells[column], kind, getattr(row.cells[column], kind) + 1)
+
+
+def _count_tools(cells: Sequence[Cell], record: Record, theirs: Sequence[ToolNames]) -> bool:
+    """Count one training record by its tools; whether any evaluation file calls one of them."""
+    shown, called = ({tool_key(name) for name in names(record)} for names in (shown_names, called_names))
+    if theirs[-1].called_keys.isdisjoint(shown | called):
+        return False
+    tools = {signature(tool["function"]) for tool in record["tools"]}
+    for cell, names in zip(cells, theirs, strict=True):
+        cell.shows += not names.called_keys.isdisjoint(shown)
+        cell.calls += not names.called_keys.isdisjoint(called)
+        cell.twins += not names.called_signatures.isdisjoint(tools)
+    return True
 
 
 def _keep_worst(worst: list[tuple[float, str, str]], entry: tuple[float, str, str], count: int) -> None:
@@ -502,7 +611,9 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit status: 0; 1 where `--fail-above` is exceeded; 2 where files or options are wrong.
     """
-    options = _parser().parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(typed)
+    options.command = shlex.join(["python", "-m", "training.audit", *typed])
     try:
         status: int = options.run(options)
     except (ValueError, OSError) as error:
@@ -526,9 +637,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--threshold", type=float, default=RequestIndex.threshold, help="share of a request's n-grams")
     one.add_argument("--min-words", type=int, default=RequestIndex.min_words, help="shorter requests count apart")
     one.add_argument("--examples", type=int, default=3, help="worst pairs to show for two files")
-    one.add_argument("--out", type=Path, help="JSON file for all counts")
-    one.add_argument("--drop", type=Path, help="JSONL file for the training records to leave out: file, line, id")
-    one.add_argument("--fail-above", type=int, help="exit status 1 where more training records repeat a request")
+    one.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON file for all counts")
+    one.add_argument("--drop", type=Path, help="JSONL file for the training records to leave out: file, line, id, why")
+    one.add_argument(
+        "--drop-tools",
+        choices=["called", "none"],
+        default="called",
+        help="besides records that repeat a request, leave out those with a tool that an evaluation set calls, or none",
+    )
+    one.add_argument("--fail-above", type=int, help="exit status 1 where more training records are to be left out")
     one.set_defaults(run=_run_overlap)
     two = commands.add_parser("split", parents=[common], formatter_class=style, help="hold out tools")
     two.add_argument("--share", type=float, default=0.1, help="part of the records to hold out")
@@ -543,25 +660,76 @@ def _run_overlap(options: argparse.Namespace) -> int:
     index = RequestIndex(options.ngram, options.threshold, options.min_words)
     train = record_files(options.train, options.on_error == "skip")
     result = overlap(train, record_files(options.evaluation, options.on_error == "skip"), index, options.examples)
+    if options.drop_tools == "none":
+        result.drop = [found for found in result.drop if found.why != "tool"]
     print("\n".join(overlap_table(result)))
-    if options.out:
-        cells = [
-            {"training_file": one, "evaluation_file": two, **asdict(cell)} for (one, two), cell in result.cells.items()
-        ]
-        settings = {"ngram": index.ngram, "threshold": index.threshold, "min_words": index.min_words}
-        report = {"settings": settings, "records": result.records, "skipped": result.skipped}
-        _write(options.out, json.dumps({**report, "drop": len(result.drop), "cells": cells}, indent=1) + "\n")
+    settings = {"ngram": index.ngram, "threshold": index.threshold, "min_words": index.min_words}
+    report = {
+        "command": options.command,
+        "versions": {"python": platform.python_version()},
+        "settings": {**settings, "drop_tools": options.drop_tools},
+        **_overlap_report(result),
+    }
+    _write(options.out, json.dumps(report, indent=1) + "\n")
     if options.drop:
         _write(options.drop, "".join(json.dumps(found._asdict()) + "\n" for found in result.drop))
     return int(options.fail_above is not None and len(result.drop) > options.fail_above)
 
 
+def _overlap_report(result: Overlap) -> dict[str, Any]:
+    """All counts, ready for JSON: totals, each training and each evaluation file, and what is not 0 for two files."""
+    training = list(dict.fromkeys(one for one, _ in result.cells if one != ALL))
+    evaluation = list(dict.fromkeys(two for _, two in result.cells if two != ALL))
+    reasons: dict[str, Counter[str]] = {label: Counter() for label in training}
+    for found in result.drop:
+        reasons[found.file][found.why] += 1
+
+    def counts(cell: Cell) -> dict[str, int]:
+        return {name: getattr(cell, name) for name in _COLUMNS}
+
+    def drop(labels: Iterable[str]) -> dict[str, int]:
+        return {why: sum(reasons[label][why] for label in labels) for why in ("request", "tool")}
+
+    return {
+        "totals": {
+            "training_records": sum(result.records[label] for label in training),
+            "evaluation_records": sum(result.records[label] for label in evaluation),
+            **counts(result.cells[ALL, ALL]),
+            "shared_tools": len(result.shared_tools[ALL]),
+            "drop": drop(training),
+        },
+        "training": {
+            label: {
+                "records": result.records[label],
+                "skipped": result.skipped[label],
+                **counts(result.cells[label, ALL]),
+                "drop": drop([label]),
+            }
+            for label in training
+        },
+        "evaluation": {
+            label: {
+                "records": result.records[label],
+                "skipped": result.skipped[label],
+                **counts(result.cells[ALL, label]),
+                "shared_tools": result.shared_tools[label],
+            }
+            for label in evaluation
+        },
+        "pairs": [
+            {"training_file": one, "evaluation_file": two, **{name: n for name, n in asdict(cell).items() if n}}
+            for (one, two), cell in result.cells.items()
+            if ALL not in (one, two) and cell != Cell()
+        ],
+    }
+
+
 def overlap_table(result: Overlap) -> list[str]:
-    """The lines that `overlap` prints: a row for two files, the worst pairs, the sums."""
-    columns = ("exact", "near", "short", "evaluation", "names", "called", "alike", "signatures")
-    lines = [f"{'training file':28}{'evaluation file':30}" + "".join(f"{name:>11}" for name in columns)]
+    """The lines that `overlap` prints: a row for two files that share anything, the worst pairs, the sums."""
+    lines = [f"{'training file':28}{'evaluation file':30}" + "".join(f"{name:>11}" for name in _COLUMNS)]
     for (one, two), cell in result.cells.items():
-        lines.append(f"{one:28}{two:30}" + "".join(f"{getattr(cell, name):11}" for name in columns))
+        if cell != Cell():
+            lines.append(f"{one:28}{two:30}" + "".join(f"{getattr(cell, name):11}" for name in _COLUMNS))
     for (one, two), cell in result.cells.items():
         for share, ours, theirs in cell.worst:
             lines.append(f"{share:.2f} of {two} {json.dumps(theirs)} in {one} {json.dumps(ours)}")
@@ -571,8 +739,14 @@ def overlap_table(result: Overlap) -> list[str]:
     trained = {one for one, _ in result.cells}
     total = sum(count for label, count in result.records.items() if label in trained)
     held = sum(count for label, count in result.records.items() if label not in trained)
-    lines.append(f"{len(result.drop)} of {total} training records repeat a request of {held} evaluation records")
-    return lines
+    cell = result.cells[ALL, ALL]
+    return [
+        *lines,
+        f"{cell.exact + cell.near} of {total} training records repeat a request of {held} evaluation records",
+        f"{cell.shows} show a tool that an evaluation record calls, {cell.calls} call one, {cell.twins} show one with "
+        "the same parameters",
+        f"{len(result.drop)} training records are to be left out",
+    ]
 
 
 def _run_split(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Training and evaluation rows out of the record files: which records, which prompt, which reply.
 
-Takes record files; gives token rows in this model's chat template. Records of the two evaluation sets never become
-training rows. No torch, no model.
+Takes record files; gives token rows in this model's chat template. Records of the evaluation sets, and the maths
+problems that are held out, never become training rows. No torch, no model.
 """
 
 import hashlib
@@ -54,6 +54,7 @@ __all__ = [
     "build_row",
     "dev_records",
     "evaluation_rows",
+    "held_out_problems",
     "held_out_records",
     "is_simple",
     "read_records",
@@ -109,6 +110,8 @@ TALK_SOURCES = ("train/irrelevance_removed", "train/nocall_misc")
 
 HELD_OUT_SOURCES = ("snips", "hwu64", "home_assistant", "restaurants8k", "ste", "gpteacher_toolformer", "taskmaster4")
 """Natural call files out of which the seen-tools evaluation set is chosen."""
+PROBLEMS = "text/gsm8k_train"
+"""The file of maths problems of which some are held out."""
 
 REFUSALS = (
     "I have no tool for that, sorry.",
@@ -233,10 +236,32 @@ def held_out_records(data: Path, count: int = 200) -> list[Record]:
     return found
 
 
+def held_out_problems(data: Path, count: int = 300) -> list[Record]:
+    """The maths problems that are kept out of training, chosen by a hash of the id.
+
+    Args:
+        data: folder with `text/`; one without maths problems has none to hold out.
+        count: how many.
+
+    Returns:
+        The records, in the order of their hashes.
+    """
+    candidates: list[tuple[str, Any, int]] = []
+    for dataset in (load_file(path, "skip").dataset for path in _paths(data, PROBLEMS)):
+        names = encoded_columns(dataset)["id"].to_pylist()
+        candidates += [(_digest(name), dataset, index) for index, name in enumerate(names)]
+    candidates.sort(key=lambda candidate: candidate[0])
+    return [as_record(dataset[index]) for _, dataset, index in candidates[:count]]
+
+
 def held_out_requests(data: Path | Sequence[Path]) -> list[str]:
-    """What the users say in the evaluation sets of all folders: whichever of them a model is measured on, training must
-    not have seen it."""
-    return [record["messages"][-1]["content"] for folder in folders_of(data) for record in held_out_records(folder)]
+    """What the users say in the evaluation sets and held-out problems of all folders: whichever of them a model is
+    measured on, training must not have seen it."""
+    return [
+        record["messages"][-1]["content"]
+        for folder in folders_of(data)
+        for record in (*held_out_records(folder), *held_out_problems(folder))
+    ]
 
 
 def dev_records(data: Path) -> list[Record]:
@@ -520,7 +545,7 @@ class RowStream:
         return as_record(self.dataset[index])
 
     def _beside_tools(self, record: Record, rng: random.Random) -> Record:
-        """Talk with tools of another record beside it; reasoning keeps to itself, as does talk when there are no tools."""
+        """Talk with tools of another record beside it; reasoning keeps to itself, as does talk where there are none."""
         others = [label for label in self.pools if not label.startswith("text/")]
         if record.get("think") or record["tools"] or not others:
             return record

@@ -1,9 +1,8 @@
 """The problems and the scoring of the task `maths_think`: grade-school maths, exact match of the last number.
 
-Reads DATA/text/gsm8k_train.jsonl.gz. No part of it is held out: training draws from all of it.
+The problems are those that training holds out (`training.data.held_out_problems`), so the two cannot disagree.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -13,16 +12,15 @@ from typing import Any
 import datasets
 
 from repo_package import load_repo_module
-from training.data import DEFAULT_DATA, read_records
+from training.data import DEFAULT_DATA, PROBLEMS, held_out_problems
 
 tokenization = load_repo_module("tokenization_utils")
 
-PROBLEMS = Path("text", "gsm8k_train.jsonl.gz")
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 
 
 def problems(data: str | Path = DEFAULT_DATA, **_metadata: Any) -> dict[str, datasets.Dataset]:
-    """The problems in the order of a hash of their ids, so that a smaller limit takes the first of them.
+    """The held-out problems in the order of a hash of their ids, so that a smaller limit takes the first of them.
 
     Args:
         data: folder with `text/`.
@@ -33,10 +31,10 @@ def problems(data: str | Path = DEFAULT_DATA, **_metadata: Any) -> dict[str, dat
     Raises:
         FileNotFoundError: the folder does not hold the problems.
     """
-    path = Path(data) / PROBLEMS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name the folder that holds {PROBLEMS} with --data.")
-    records = sorted(read_records(path), key=lambda record: hashlib.sha256(record["id"].encode()).hexdigest())
+    records = held_out_problems(Path(data))
+    if not records:
+        path = Path(data, f"{PROBLEMS}.jsonl.gz")
+        raise FileNotFoundError(f"{path} is missing: name the folder that holds {PROBLEMS}.jsonl.gz with --data.")
     rows = [
         {"id": record["id"], "question": record["messages"][-1]["content"], "answer": record["answer"]}
         for record in records
