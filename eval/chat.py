@@ -2,11 +2,11 @@
 
 The model is compared with its plain base: the base alone, written to a folder and loaded by transformers without any
 code of this repository (or the checkpoint that `--base` names). Both get the same prompts of chat and of maths with
-thinking, made here or taken from DATA/text, with and without tools in the prompt, once as the model is and once with a
-draft adapter that is present but off. Compared are weights, logits of one forward over prompt and reply, logits of
-every generated step, and greedy tokens; logits by their bits. Where the prompt shows tools, a reply is compared if
-neither of the two calls, and its tokens only: the cache is then filled together with the opening of a call, which may
-round otherwise.
+thinking, made here or taken from DATA/text, with and without tools in the prompt, once as the model is and, the first
+few of each group, once more with a draft adapter that is present but off. Compared are weights, logits of one forward
+over prompt and reply, logits of every generated step, and greedy tokens; logits by their bits. Where the prompt shows
+tools, a reply is compared if neither of the two calls, and its tokens only: the cache is then filled together with the
+opening of a call, which may round otherwise.
 
 Ends with status 1 where anything differs.
 """
@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from eval.devices import check_device, device_name, wait_for
 from eval.resumable import PartialResults, evaluation_parser, versions
 from repo_package import load_repo_module
 from training.records import Record, read_records
@@ -39,6 +40,8 @@ STATES = ("as loaded", "adapter off")
 """The model itself, and the model with a draft adapter, which acts in no forward but those of drafts."""
 PROMPTS = 25
 """Prompts of a group, unless `--limit` says otherwise."""
+ADAPTER_PROMPTS = 10
+"""Prompts of a group that the state with an adapter gets at most: one that acted would change every one of them."""
 MAX_CHARACTERS = 2000
 """Longer conversations of DATA/text are left out."""
 MAX_MESSAGES = 6
@@ -253,10 +256,21 @@ def plain_base(model: Any, name: str | None, dtype: torch.dtype, device: str) ->
 
 
 def load_pair(options: argparse.Namespace) -> Pair:
-    """The models that the options name."""
+    """The models that the options name.
+
+    Raises:
+        OSError, ValueError: there is no such device or model, or it has no schema diffusion head.
+    """
+    check_device(options.device)
     dtype = getattr(torch, options.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {options.model}: no model could be loaded from there ({str(error).splitlines()[0]}). Give the "
+            "folder of a model (config.json, model.safetensors, tokenizer.json) or the name of a Hub repo."
+        ) from error
     if not hasattr(model, "drafting_base"):
         raise ValueError(
             f"{options.model} is a {type(model).__name__}: --model takes one with a schema diffusion head."
@@ -324,15 +338,16 @@ def compare_weights(pair: Pair) -> list[int]:
     return [len(names), len(names - both) + sum(differing(ours[name], theirs[name]) > 0 for name in both)]
 
 
-def timed(ours: Callable[[], Any], theirs: Callable[[], Any], ours_first: bool) -> tuple[Any, Any, list[float]]:
-    """What both give, and the seconds that each takes; they take turns in being first."""
+def timed(
+    pair: Pair, ours: Callable[[], Any], theirs: Callable[[], Any], ours_first: bool
+) -> tuple[Any, Any, list[float]]:
+    """What model and base give, and the seconds that each takes; they take turns in being first."""
     found: dict[bool, Any] = {}
     seconds: dict[bool, float] = {}
     for is_ours in (ours_first, not ours_first):
         start = time.perf_counter()
         found[is_ours] = (ours if is_ours else theirs)()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for(pair.model.device)
         seconds[is_ours] = round(time.perf_counter() - start, 6)
     return found[True], found[False], [seconds[True], seconds[False]]
 
@@ -354,7 +369,7 @@ def compare(pair: Pair, prompt: Prompt, shows_tools: bool, ours_first: bool) -> 
     ids = pair.encode(prompt, TOOLS if shows_tools else [])
     found = _compare_calling(pair, prompt, ids, ours_first) if shows_tools else _compare_plain(pair, ids, ours_first)
     whole = _longer(ids, found.pop("reply"))
-    ours, theirs, seconds = timed(lambda: pair.model(whole).logits, lambda: pair.base(whole).logits, ours_first)
+    ours, theirs, seconds = timed(pair, lambda: pair.model(whole).logits, lambda: pair.base(whole).logits, ours_first)
     found["forward"], found["seconds"]["forward"] = _logits(ours, theirs), seconds
     return found
 
@@ -368,6 +383,7 @@ def _compare_plain(pair: Pair, ids: Tensor, ours_first: bool) -> dict[str, Any]:
         **pair.greedy,
     }
     ours, theirs, seconds = timed(
+        pair,
         lambda: pair.model.generate(ids, tokenizer=pair.tokenizer, **options),
         lambda: pair.base.generate(ids, **options),
         ours_first,
@@ -386,6 +402,7 @@ def _compare_calling(pair: Pair, prompt: Prompt, ids: Tensor, ours_first: bool) 
     call = pair.token(tokenization.TOOL_CALL_TOKEN)
     # The base is kept from calls in the same way: the token is not on offer.
     (ours, _), theirs, seconds = timed(
+        pair,
         lambda: pair.model_writes(ids, tool_choice="none"),
         lambda: pair.base_writes(ids, suppress_tokens=[call]),
         ours_first,
@@ -499,8 +516,16 @@ def states(pair: Pair, seed: int, adapter: dict[str, Any]) -> Iterator[str]:
     yield STATES[1]
 
 
+def first_of_each(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The first prompts of each group."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.group, []).append(prompt)
+    return [prompt for group in groups.values() for prompt in group[:count]]
+
+
 def measure(pair: Pair, prompts: Sequence[Prompt], store: PartialResults, seed: int) -> dict[str, Any]:
-    """All prompts through both models in all states.
+    """The prompts through both models: all of them in the first state, the first of each group in the next.
 
     Args:
         pair: the models.
@@ -515,15 +540,16 @@ def measure(pair: Pair, prompts: Sequence[Prompt], store: PartialResults, seed: 
     compare(pair, prompts[0], shows_tools=True, ours_first=True)  # warms up; not counted
     for state in states(pair, seed, report["adapter"]):
         tensors, different = compare_weights(pair)
+        asked = first_of_each(prompts, ADAPTER_PROMPTS) if report["rows"] else prompts
         report["weights"][state] = {"compared": tensors, "different": different}
-        for number, prompt in enumerate(tqdm(prompts, state, unit="prompt")):
+        for number, prompt in enumerate(tqdm(asked, state, unit="prompt")):
             for shows_tools in (False, True):
                 key = f"{state}/{prompt.id}/{shows_tools}"
                 if key not in store:
                     store.put(key, compare(pair, prompt, shows_tools, ours_first=number % 2 == 0))
-        for group in dict.fromkeys(prompt.group for prompt in prompts):
+        for group in dict.fromkeys(prompt.group for prompt in asked):
             for shows_tools in (False, True):
-                keys = [f"{state}/{prompt.id}/{shows_tools}" for prompt in prompts if prompt.group == group]
+                keys = [f"{state}/{prompt.id}/{shows_tools}" for prompt in asked if prompt.group == group]
                 row = {"model": state, "group": group, "tools": "shown" if shows_tools else "none"}
                 report["rows"].append(row | summary([store[key] for key in keys]))
     return report
@@ -552,7 +578,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "command": command,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
+        "device": device_name(pair.model.device),
         "dtype": options.dtype,
         "base": options.base or "the model's own, loaded by transformers alone",
         "prompts": len(prompts),

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from eval.devices import wait_for
 from eval.gold_choices import PaidDrafter, Shape, gold_choices, gold_tokens
 from eval.oracle_drafter import OracleDrafter
 from repo_package import load_repo_module
@@ -127,8 +128,7 @@ class Clock:
 
     def _charge(self) -> None:
         """Charge the time since the last border to the phase that is open."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        wait_for(self.device)
         now = time.perf_counter()
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
@@ -438,7 +438,8 @@ class Runner:
 
         Returns:
             `ms` by phase (their sum is the latency), `simulation_ms`, forwards of base and head, the slots drafted and
-            accepted (None for `ar`), tokens of a row's reply, and those of its prompt that a cache held.
+            accepted (None for `ar`), tokens of a row's reply, and those of its prompt that a cache held; `uncompiled`,
+            parts of the model that the mode wants compiled and that are not, with the reasons.
 
         Raises:
             RuntimeError: the reply is not what the base was made to choose.
@@ -469,6 +470,7 @@ class Runner:
             "accepted": stats.accepted_slots if drafts else None,
             "tokens": len(request.reply),
             "reused_tokens": (self._reused(cell) - reused) / cell.batch,
+            "uncompiled": dict(model.compiled_decoding.off) if model.compiled_decoding is not None else {},
         }
 
     def _options(self, cell: Cell, request: MadeRequest) -> dict[str, Any]:

@@ -226,8 +226,29 @@ def test_without_peft_the_adapter_is_left_out_by_name(
     assert [row["model"] for row in report["rows"]] == [chat.STATES[0]] * 2
 
 
+def test_the_first_state_gets_all_prompts_and_the_next_the_first_of_each_group(
+    pair: chat.Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = {"forward": [1, 0], "tokens": [1, 0], "seconds": {"forward": [1.0, 1.0], "reply": [1.0, 1.0]}}
+    monkeypatch.setattr(chat, "compare", lambda *_, **__: same)
+    monkeypatch.setattr(chat, "ADAPTER_PROMPTS", 2)
+    for state, counts in ((chat.STATES, [3] * 4 + [2] * 4), (chat.STATES[1:], [3] * 4)):
+        monkeypatch.setattr(chat, "states", lambda *_, state=state: iter(state))
+        store = PartialResults(tmp_path / f"{len(state)}.json", {})
+        report = chat.measure(pair, chat.own_prompts(3, seed=0), store, seed=0)
+        assert [row["prompts"] for row in report["rows"]] == counts
+    assert "adapter off/own-maths-1/True" in PartialResults(tmp_path / "2.json", {})
+    assert "adapter off/own-maths-2/True" not in PartialResults(tmp_path / "2.json", {})
+
+
+def test_a_wrong_device_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"eval\.chat: --device abacus: torch cannot use it here"):
+        chat.main(["--device", "abacus", "--data", str(tmp_path), "--out", str(tmp_path / "chat.json")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_model_is_one_message(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    with pytest.raises(SystemExit, match=r"eval\.chat: .*nowhere"):
+    with pytest.raises(SystemExit, match=r"eval\.chat: --model .*nowhere: no model could be loaded"):
         chat.main(["--model", str(nowhere), "--data", str(tmp_path), "--out", str(tmp_path / "chat.json")])
     assert list(tmp_path.iterdir()) == []  # nothing that would refuse the right model

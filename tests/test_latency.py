@@ -14,6 +14,7 @@ from eval import latency
 from eval import latency_measure as measure
 from eval.gold_choices import Shape
 from eval.latency_measure import Cell
+from eval.resumable import PartialResults
 from eval.soak import tiny_model
 from repo_package import load_repo_module
 
@@ -56,8 +57,7 @@ def run_cell(number: int = 0, **fields: Any) -> dict[str, Any]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command measures few small cells of a tiny model."""
-    monkeypatch.setattr(latency, "FACTORS", FACTORS)
-    monkeypatch.setattr(latency, "Cell", lambda **fields: Cell(**{**CENTRE, **fields}))
+    monkeypatch.setitem(latency.GRIDS, "all", latency.Grid(Cell(**CENTRE), FACTORS))
     monkeypatch.setattr(latency, "load", lambda *_: shape())
 
 
@@ -213,19 +213,20 @@ def test_the_command_measures_each_factor_around_the_centre(tmp_path: Path, caps
     assert {name: [(row[name], row["decoding"]) for row in found] for name, found in rows.items()} == {
         "prompt": [(64, "verified"), (64, "ar")],
         "slots": [(2, "verified"), (2, "ar")],
-        "accuracy": [(1.0, "verified"), (0.0, "verified")],
+        "accuracy": [(1.0, "verified"), (0.0, "verified"), (1.0, "ar")],
         "mode": [
             (mode, decoding) for mode in ("warm", "prefix reuse", "warm, not split") for decoding in ("verified", "ar")
         ],
     }
     assert set(report["left_out"]) == {"prompt 20", "prompt 9000", "slots 50", "mode CUDA graphs"}
     for row in (row for found in rows.values() for row in found):
-        assert row["requests"] == 2
+        assert row["requests"] == report["rounds"] == 2
         times = row["ms"]
         assert 0 < times["min"] <= times["p50"] <= times["p95"] <= times["max"]
         assert sum(row["phases_ms"].values()) == pytest.approx(times["mean"])
         assert row["calls_per_second"] == pytest.approx(1000 / times["p50"])
         assert row["first_ms"] > 0
+        assert (row["of_ar"] is None) == (row["decoding"] == "ar")
         assert row["accepted"] == (None if row["decoding"] == "ar" else row["accuracy"])
         assert (row["reused_tokens"] >= 48) == (row["mode"] == "prefix reuse")
         assert (row["phases_ms"]["prefill"] == 0) == (row["mode"] == "warm, not split")
@@ -235,13 +236,12 @@ def test_the_command_measures_each_factor_around_the_centre(tmp_path: Path, caps
     for text in (*report["left_out"].values(), *report["versions"].values(), report["device"], report["model"]):
         assert text in printed
     assert f"{rows['accuracy'][1]['ms']['p50']:.1f}" in printed
+    assert f"{rows['accuracy'][1]['of_ar']:.2f}" in printed
     assert not list(tmp_path.glob("*.jsonl"))
 
 
 @pytest.mark.usefixtures("small")
-def test_an_interrupted_run_goes_on_from_what_it_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_from_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, run_one, left = tmp_path / "a.json", measure.Runner.run, [9]
 
     def interrupted(self: measure.Runner, *args: Any) -> dict[str, Any]:
@@ -251,9 +251,8 @@ def test_an_interrupted_run_goes_on_from_what_it_has(
         return run_one(self, *args)
 
     monkeypatch.setattr(measure.Runner, "run", interrupted)
-    with pytest.raises(SystemExit, match="130"):
+    with pytest.raises(SystemExit, match="9 results are kept"):
         run(out)
-    assert "9 results are in" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another seed"):
         run(out, "--seed", "1")
     lines = out.with_suffix(".partial.jsonl").read_text(encoding="utf-8").splitlines()
@@ -270,7 +269,7 @@ def test_without_matplotlib_the_result_is_written_all_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(latency, "FACTORS", {**FACTORS, "slots": (2,)})
+    monkeypatch.setitem(latency.GRIDS, "all", latency.Grid(Cell(**CENTRE), {"slots": (2,)}))
     latency.main(["--out", str(tmp_path / "a.json"), "--limit", "1", "--factors", "slots"])
     assert "pip install matplotlib" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
@@ -279,7 +278,8 @@ def test_without_matplotlib_the_result_is_written_all_the_same(
 def test_the_plot_has_a_bar_for_each_phase_of_each_cell(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     phases = dict.fromkeys(measure.PHASES, 1.0)
-    rows = [{"slots": slots, "decoding": "verified", "phases_ms": phases} for slots in (1, 2)]
+    cell = {"decoding": "verified", "mode": "warm", "batch": 2, "phases_ms": phases}
+    rows = [{"slots": slots, **cell} for slots in (1, 2)]
     report = {"model": "a", "device": "b", "factors": {"slots": rows, "prompt": []}}
     assert latency.plot(report, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
@@ -289,12 +289,30 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "a.json")]
     with pytest.raises(SystemExit, match="no model could be loaded"):
         latency.main([*out, "--model", str(tmp_path / "nothing")])
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="no CUDA device"):
-            latency.main([*out, "--device", "cuda"])
+    with pytest.raises(SystemExit, match="--device abacus: torch cannot use it here"):
+        latency.main([*out, "--device", "abacus"])
+    assert list(tmp_path.iterdir()) == []  # nothing that would refuse the right model
 
 
-@pytest.mark.parametrize("options", [["--repeats", "0"], ["--factors", "colour"], ["--shape", "round"]], ids=" ".join)
+@pytest.mark.usefixtures("small")
+def test_a_result_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"eval\.latency: .*file"):
+        run(tmp_path / "file" / "a.json")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--limit", "-1"],
+        ["--minutes", "0"],
+        ["--factors", "colour"],
+        ["--shape", "round"],
+        ["--layers", "4"],
+        ["--shape", "smollm3-3b", "--layers", "37"],
+    ],
+    ids=" ".join,
+)
 def test_wrong_options_are_refused(options: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         latency.parse(options)
@@ -315,7 +333,122 @@ def test_the_3b_shape_is_made_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_defaults_depend_on_the_device() -> None:
     cpu, gpu = (latency.parse(["--shape", "smollm3-3b", "--device", device]) for device in ("cpu", "cuda"))
-    assert (cpu.layers, cpu.dtype) == (latency.CPU_LAYERS, "float32")
-    assert (gpu.layers, gpu.dtype) == (None, "bfloat16")
-    assert latency.parse(["--limit", "3"]).repeats == 3
-    assert latency.parse(["--limit", "300"]).repeats == latency.parse([]).repeats
+    assert (cpu.layers, cpu.dtype, cpu.cells) == (latency.CPU_LAYERS, "float32", "few")
+    assert (gpu.layers, gpu.dtype, gpu.cells) == (None, "bfloat16", "all")
+    assert latency.parse([]).cells == "all"
+    assert latency.parse(["--shape", "smollm3-3b", "--cells", "all"]).cells == "all"
+
+
+def test_the_centre_and_its_reference_are_in_every_grid() -> None:
+    for grid in latency.GRIDS.values():
+        assert list(grid.factors) == list(latency.TITLES)
+        for name, values in grid.factors.items():
+            assert getattr(grid.centre, name) in values
+
+
+# ------------------------------------------------------------------------------------------------- rounds
+
+
+class _Fake:
+    """A runner whose requests take one second each of a clock of its own."""
+
+    def __init__(self, uncompiled: dict[str, str]) -> None:
+        self.now, self.uncompiled, self.order = 0.0, uncompiled, list[Cell]()
+        self.largest_batch = 32
+
+    def run(self, cell: Cell, _: object) -> dict[str, Any]:
+        if cell.batch > self.largest_batch:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.now += 1.0
+        self.order.append(cell)
+        return {"uncompiled": self.uncompiled if cell.mode == "compiled" else {}}
+
+
+def _measurement(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: dict[str, str], **factors: tuple[Any, ...]
+) -> tuple[latency.Measurement, _Fake]:
+    """Of the cells of some factors, in a folder of its own."""
+    fake = _Fake(uncompiled)
+    monkeypatch.setattr(latency.time, "monotonic", lambda: fake.now)
+    made = latency.plan(maker(), latency.Grid(Cell(**CENTRE), factors), list(factors))
+    return latency.Measurement(fake, maker(), made, PartialResults(folder / "a.json", {})), fake  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("limit", "end", "rounds"), [(3, 1000.0, 3), (0, 7.5, 3), (50, 7.5, 3), (50, 8.0, 4), (50, 0.0, 1)]
+)
+def test_rounds_end_at_the_limit_or_when_the_next_would_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, end: float, rounds: int
+) -> None:
+    measurement, fake = _measurement(tmp_path, monkeypatch, {}, slots=(2,))  # two cells
+    assert measurement.rounds(limit, end) == rounds
+    assert fake.now == 2 * rounds
+    # What is known is not measured again, and takes no time.
+    assert measurement.rounds(rounds, 0.0) == rounds
+    assert fake.now == 2 * rounds
+
+
+def test_a_round_is_all_cells_in_an_order_drawn_anew_with_what_is_compared_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurement, fake = _measurement(tmp_path, monkeypatch, {}, slots=(1, 2, 3, 4, 5), accuracy=(1.0, 0.5, 0.0))
+    measurement.rounds(2, 1000.0)
+    first, second = fake.order[:12], fake.order[12:]
+    assert set(first) == set(second) == set(measurement.plan.cells)
+    assert first != second
+    for cells in (first, second):
+        for reference in {cell for cell in cells if cell.decoding == "ar"}:
+            places = [place for place, cell in enumerate(cells) if measurement.plan.reference(cell) == reference]
+            assert places == list(range(places[0], places[0] + len(places)))
+            assert len(places) == (4 if reference.slots == 2 else 2)
+
+
+@pytest.mark.parametrize(
+    ("uncompiled", "left_out"),
+    [
+        ({}, []),
+        ({"head": "no compiler"}, []),
+        ({"base": "no compiler"}, ["mode compiled, ar"]),  # the head of `verified` is compiled
+        ({"base": "no compiler", "head": "no compiler"}, ["mode compiled, verified", "mode compiled, ar"]),
+    ],
+)
+def test_modes_of_which_nothing_could_be_compiled_are_left_out_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: dict[str, str], left_out: list[str]
+) -> None:
+    measurement, _ = _measurement(tmp_path, monkeypatch, uncompiled, mode=("warm", "compiled"))
+    measurement.first_requests()
+    made = measurement.plan
+    assert made.left_out == dict.fromkeys(left_out, "no compiler")
+    assert made.cells == made.factors["mode"]
+    assert [f"mode {cell.mode}, {cell.decoding}" in left_out for cell in made.cells] == [False] * (4 - len(left_out))
+
+
+def test_cells_that_memory_does_not_hold_are_left_out_and_the_others_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurement, fake = _measurement(tmp_path, monkeypatch, {}, batch=(1, 4, 2))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    fake.largest_batch = 2
+    measurement.first_requests()
+    reason = "the device has too little memory"
+    assert measurement.plan.left_out == {"batch 4, verified": reason, "batch 4, ar": reason}
+    assert [cell.batch for cell in fake.order] == [1, 1, 2, 2] == [cell.batch for cell in measurement.plan.cells]
+
+
+def test_time_is_compared_with_ar_in_the_same_round() -> None:
+    def runs(*times: float) -> list[dict[str, Any]]:
+        counts = {"drafted": 0, "accepted": 0, "tokens": 4, "base_forwards": 2, "head_forwards": 1}
+        return [
+            {
+                "ms": dict.fromkeys(measure.PHASES, 0.0) | {"verify": ms},
+                "reused_tokens": 0,
+                "simulation_ms": 0.0,
+                **counts,
+            }
+            for ms in times
+        ]
+
+    row = latency.summary(Cell(**CENTRE), runs(10.0, 40.0, 30.0), runs(99.0)[0], runs(20.0, 200.0, 30.0))
+    assert row["of_ar"] == 0.5
+    assert (row["ms"]["p50"], row["ms"]["p95"], row["first_ms"]) == (30.0, 40.0, 99.0)
+    assert latency.summary(Cell(**CENTRE, decoding="ar"), runs(10.0), runs(99.0)[0], [])["of_ar"] is None
