@@ -33,6 +33,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eval import rivals
+from eval.devices import device_name
 from eval.gold_choices import (
     PaidDrafter,
     Shape,
@@ -841,7 +842,7 @@ def main(arguments: list[str] | None = None) -> None:
             **versions,
         },
         "threads": options.threads,
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
+        "device": device_name(torch.device(options.device)),
         "dtype": options.dtype,
         "counting": COUNTING,
     }

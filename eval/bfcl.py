@@ -41,6 +41,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from eval.bfcl_checker import CheckerMissingError, OfficialChecker, load_checker
 from eval.bfcl_handler import Caller, as_tools
+from eval.devices import check_device, device_name
 from eval.resumable import PartialResults, evaluation_parser, versions
 from repo_package import load_repo_module
 
@@ -476,7 +477,7 @@ def described(options: argparse.Namespace, checker: OfficialChecker, source: str
     return {
         "versions": versions() | {"numpy": np.__version__, "bfcl-eval": checker.version},
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
+        "device": device_name(torch.device(options.device)),
         "dtype": options.dtype,
         "data": source,
         "tools": options.tools,
@@ -512,10 +513,9 @@ def load_caller(options: argparse.Namespace) -> Caller:
     """The model that the options name.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or torch cannot use the device.
     """
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: torch finds no CUDA device here.")
+    check_device(options.device)
     try:
         return Caller(options.model, options.device, options.dtype)
     except (OSError, ValueError, RuntimeError) as error:

@@ -36,6 +36,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCrit
 
 from eval import bench_decoding, rivals
 from eval.bench_decoding import installed, load, threads
+from eval.devices import device_name
 from eval.held_out import BFCL_FOLDER, BFCL_SETS, OWN_SETS, Request, requests
 from eval.held_out_tables import markdown
 from eval.load_metrics import load_metric
@@ -816,7 +817,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": options.command,
         "versions": measured_with,
         "threads": used,
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
+        "device": device_name(torch.device(options.device)),
         "dtype": options.dtype,
         "tool_call_threshold": getattr(arena.model.generation_config, "tool_call_threshold", None),
         "notes": NOTES,

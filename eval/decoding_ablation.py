@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.bench_decoding import load, threads
+from eval.devices import device_name
 from eval.held_out import BFCL_FOLDER, Model, Request, gold_slots, requests
 from eval.held_out_tables import markdown
 from eval.load_metrics import load_metric
@@ -635,7 +636,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": options.command,
         "versions": versions() | {"numpy": np.__version__},
         "threads": used,
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
+        "device": device_name(torch.device(options.device)),
         "bootstrap_draws": DRAWS,
         "defaults": OPTIONS | {name: getattr(model.model.config, name) for name in names},
         **found,

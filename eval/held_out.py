@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from eval.held_out_tables import tables
 from eval.load_metrics import load_metric
-from eval.possible_answers import accepts_calls
+from eval.metrics.ast_accuracy.ast_accuracy import accepts_calls
 from eval.resumable import versions
 from repo_package import ROOT, load_repo_module
 from training.data import DEFAULT_DATA, Record, Row, dev_records, evaluation_rows, held_out_records, read_records

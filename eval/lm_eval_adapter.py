@@ -27,6 +27,7 @@ except ImportError as error:
 
 import torch
 
+from eval.devices import device_name
 from eval.resumable import PartialResults, evaluation_parser, versions
 from repo_package import ROOT, load_repo_module
 
@@ -245,7 +246,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "command": command,
         "versions": versions() | {"lm_eval": lm_eval.__version__},
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device,
+        "device": device_name(torch.device(options.device)),
         "dtype": options.dtype,
         "think": options.think,
         "seconds": round(time.perf_counter() - start, 1),

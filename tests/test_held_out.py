@@ -20,7 +20,7 @@ pytest.importorskip("evaluate")
 
 from eval import held_out
 from eval.held_out_tables import markdown, tables
-from eval.possible_answers import accepts_call, accepts_calls
+from eval.metrics.ast_accuracy.ast_accuracy import accepts_call, accepts_calls
 
 decoding = load_repo_module("call_decoding")
 
@@ -122,7 +122,7 @@ def test_any_of_the_accepted_values_is_right(value: Any, accepted: list[Any], ri
 
 
 def test_a_name_is_compared_as_it_is_and_arguments_are_neither_too_many_nor_too_few() -> None:
-    answer = {"get_weather": {"city": ["Oslo"], "days": [1, ""]}}
+    answer: dict[str, Any] = {"get_weather": {"city": ["Oslo"], "days": [1, ""]}}
     assert accepts_call(call(), answer)
     assert accepts_call(call(days=1), answer)
     assert not accepts_call(call(days=2), answer)
