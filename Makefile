@@ -27,20 +27,21 @@ train-smoke: $(VENV)/.dev-stamp
 	$(BIN)/python -m training.smoke
 
 # Measures anew all that docs/evaluation.md shows of the shipped model, one after the other, and then makes the report;
-# an hour or two on two idle cores. `make evaluate LIMIT=50` takes as many requests of each set. Needs the data that
+# an hour or two on an idle core. `make evaluate LIMIT=50` takes as many requests of each set. Needs the data that
 # training/README.md names. Only the comparison of training choices (eval.ablation), which trains many heads, is left out.
+THREADS ?= 1
 limit = --limit $(or $(LIMIT),$(1))
 evaluate: $(VENV)/.evaluation-stamp
 	$(BIN)/python -m training.audit overlap
-	$(BIN)/python -m eval.compare $(call limit,50)
-	$(BIN)/python -m eval.bfcl --checker-path $(VENV)/bfcl $(call limit,50)
-	$(BIN)/python -m eval.held_out --sets seen unseen simple_python multiple irrelevance --threads 1 $(call limit,60)
-	$(BIN)/python -m eval.bench_decoding --threads 1 $(call limit,100)
-	$(BIN)/python -m eval.decision --models . $(call limit,100)
-	$(BIN)/python -m eval.decoding_ablation $(call limit,50)
-	$(BIN)/python -m eval.chat $(call limit,25)
-	$(BIN)/python -m eval.latency $(call limit,50)
-	$(BIN)/python -m eval.latency --shape smollm3-3b $(call limit,50) --out eval/results/latency_smollm3_3b.json
+	$(BIN)/python -m eval.compare $(call limit,50) --threads $(THREADS)
+	$(BIN)/python -m eval.bfcl --checker-path $(VENV)/bfcl --decodings verified diffusion $(call limit,50) --threads $(THREADS)
+	$(BIN)/python -m eval.held_out --sets seen unseen simple_python multiple irrelevance $(call limit,60) --threads $(THREADS)
+	$(BIN)/python -m eval.bench_decoding $(call limit,100) --threads $(THREADS)
+	$(BIN)/python -m eval.decision --models . $(call limit,100) --threads $(THREADS)
+	$(BIN)/python -m eval.decoding_ablation $(call limit,50) --threads $(THREADS)
+	$(BIN)/python -m eval.chat --threads $(THREADS)
+	$(BIN)/python -m eval.latency --threads $(THREADS)
+	$(BIN)/python -m eval.latency --shape smollm3-3b --threads $(THREADS) --out eval/results/latency_smollm3_3b.json
 	$(BIN)/python -m eval.report
 
 # Tables, plots and metadata of README.md and docs/evaluation.md out of eval/results.

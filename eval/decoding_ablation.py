@@ -293,6 +293,7 @@ class AloneState(_CanvasState):
         if is_value(slot, self.ids[slot.positions].tolist(), self.canvas.null_id):
             return super().text(slot)
         self.counts["broken"] += 1
+        self.ids[slot.positions] = self.canvas.null_id  # nothing of it stands, so nothing can go on behind it
         leaf = slot.slot.leaf
         return leaf.choices[0] if leaf.automaton is None else leaf.automaton.completed(b"").decode()
 

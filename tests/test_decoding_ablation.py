@@ -212,6 +212,17 @@ def test_broken_values_are_counted_and_the_shortest_stands_in_their_place() -> N
     assert counts == {"values": 3, "broken": 2}
 
 
+def test_a_broken_value_that_fills_its_slot_is_not_taken_to_go_on_behind_it() -> None:
+    made, counts = canvas(), Counter[str]()
+    state = ablation.AloneState(counts, made, [None] * len(made.slots), drafting.Denoising())
+    null, letter = tiny().model.config.null_token_id, tiny().vocabulary.encode("R")[0]
+    for slot in made.slots:
+        state.ids[slot.positions] = torch.tensor([null] * (slot.length - 1) + [letter])
+    draft = state.draft()
+    assert counts["broken"] == 3
+    assert draft.overflowing == []
+
+
 def test_replies_of_lone_positions_are_valid_all_the_same_and_verified_writes_what_ar_does() -> None:
     one = asked()
     row = one.row(ablation.chosen(CHEAP, tiny().model.config), random.Random(0))
