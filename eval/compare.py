@@ -691,6 +691,7 @@ def plot(sets: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
         for axes, (title, read) in zip(line, charts.items(), strict=True):
             bars = axes.barh(list(rows), [read(row) for row in rows.values()], color=[_COLOURS[g] for g in groups])
             axes.bar_label(bars, fmt="%.3g", padding=2)
+            axes.margins(x=0.15)  # room for the labels
             axes.invert_yaxis()
             axes.set_title(f"{name}: {title}", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -7,6 +7,7 @@ same numbers give the same file.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from eval.compare import is_ours
@@ -116,7 +117,8 @@ def _slot_times(results: Results) -> dict[str, dict[str, list[list[float]]]]:
         result = results.get(name, {})
         for row in result.get("factors", {}).get("slots", []):
             ms = row["ms"]
-            lines = found.setdefault(f"{result['model']}\n{result['device']}, {result['dtype']}", {})
+            title = fill(f"{result['model']}, {result['device']}, {result['dtype']}", 60)
+            lines = found.setdefault(title, {})
             lines.setdefault(row["decoding"], []).append([row["slots"], ms["p50"], ms["min"], ms["max"]])
     return found
 

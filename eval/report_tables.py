@@ -37,7 +37,7 @@ def _of(part: int | None, whole: int) -> str:
 
 
 def compare_summary(result: Result) -> list[str]:
-    """Of each family of decodings (an engine, or one of ours) the cheapest settings, set by set."""
+    """Set by set, our decodings beside the best settings of each rival."""
     rows = [
         [
             name,
@@ -51,15 +51,15 @@ def compare_summary(result: Result) -> list[str]:
             _percent(row["hallucination_rate"], 1),
         ]
         for name, found in result["sets"].items()
-        for decoding, row in _cheapest(found["decodings"]).items()
+        for decoding, row in _best_rivals_and_ours(found["decodings"]).items()
     ]
     header = ["set", "decoding", "base forwards per call", "of the head", "ms, median", "valid", "exact", "AST"]
     return [
         "Whole replies on the same base: each decoding decides by itself whether to call and which tool.",
         markdown([*header, "arguments made up"], rows),
-        "Of each engine and of each of our decodings the setting with the lowest median time, and the one with the "
-        "fewest forwards where that is another; [docs/evaluation.md](docs/evaluation.md) shows all. Forwards and times "
-        "are over the requests that every decoding answered with a call: "
+        "Of the base alone and of each engine the setting with the lowest median time, and the one with the fewest "
+        "forwards where that is another; [docs/evaluation.md](docs/evaluation.md) shows all. Forwards "
+        "and times are over the requests that every decoding answered with a call: "
         + ", ".join(
             f"{found['answered_by_all_with_a_call']} of {found['requests']} ({name})"
             for name, found in result["sets"].items()
@@ -68,12 +68,12 @@ def compare_summary(result: Result) -> list[str]:
     ]
 
 
-def _cheapest(decodings: Mapping[str, Result]) -> dict[str, Result]:
-    """By family, the first part of a decoding's name, those with the least time and with the fewest forwards."""
-    families: dict[str, list[str]] = {}
+def _best_rivals_and_ours(decodings: Mapping[str, Result]) -> dict[str, Result]:
+    """Of raw and of each engine the settings with the least time and with the fewest forwards; all of ours."""
+    rivals: dict[str, list[str]] = {}
     for name, row in decodings.items():
-        if row["requests"]:
-            families.setdefault(name.split("+")[0], []).append(name)
+        if row["requests"] and not compare.is_ours(name):
+            rivals.setdefault(name.split("+")[0], []).append(name)
 
     def milliseconds(name: str) -> float:
         return decodings[name]["ms"]["p50"] if decodings[name]["ms"] else float("inf")
@@ -81,8 +81,8 @@ def _cheapest(decodings: Mapping[str, Result]) -> dict[str, Result]:
     def forwards(name: str) -> tuple[float, float]:
         return decodings[name]["base_forwards_per_call"] or float("inf"), milliseconds(name)
 
-    kept = {min(names, key=cost) for names in families.values() for cost in (milliseconds, forwards)}
-    return {name: row for name, row in decodings.items() if name in kept}
+    kept = {min(names, key=cost) for names in rivals.values() for cost in (milliseconds, forwards)}
+    return {name: row for name, row in decodings.items() if name in kept or compare.is_ours(name)}
 
 
 def compare_body(result: Result) -> list[str]:
