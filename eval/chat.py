@@ -6,7 +6,8 @@ thinking, made here or taken from DATA/text, with and without tools in the promp
 few of each group, once more with a draft adapter that is present but off. Compared are weights, logits of one forward
 over prompt and reply, logits of every generated step, and greedy tokens; logits by their bits. Where the prompt shows
 tools, a reply is compared if neither of the two calls, and its tokens only: the cache is then filled together with the
-opening of a call, which may round otherwise.
+opening of a call, which may round otherwise. So two replies may part where the plain base finds two tokens equally
+likely; such ties are counted, and what is behind them is not compared.
 
 Ends with status 1 where anything differs.
 """
@@ -46,6 +47,8 @@ MAX_CHARACTERS = 2000
 """Longer conversations of DATA/text are left out."""
 MAX_MESSAGES = 6
 """Messages of a conversation of DATA/text that are looked at; the prompt ends with the user's last among them."""
+NEAR_TIE = 1e-4
+"""Logits of the plain base that are no further apart are equal up to rounding; in float32 it is about 1e-5."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
@@ -330,6 +333,28 @@ def _tokens(ours: Sequence[int], theirs: Sequence[int]) -> list[int]:
     return [length, length - sum(one == other for one, other in zip(ours, theirs, strict=False))]
 
 
+def near_tie(pair: Pair, ids: Tensor, ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Where two replies part because the base finds both tokens as likely.
+
+    The model reads a prompt and the opening of a thought in two forwards, the plain base in one: that rounds otherwise.
+
+    Args:
+        pair: the models.
+        ids: of the prompt, long [1, prompt].
+        ours, theirs: the replies.
+
+    Returns:
+        Number of tokens in front of the first difference; None where there is none, or where the plain base's logits of
+        the two tokens are further apart than `NEAR_TIE`.
+    """
+    parted = [place for place, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other]
+    if not parted:
+        return None
+    logits = pair.base(_longer(ids, theirs[: parted[0]])).logits[0, -1]
+    apart = float(logits[ours[parted[0]]] - logits[theirs[parted[0]]])
+    return parted[0] if abs(apart) <= NEAR_TIE else None
+
+
 def compare_weights(pair: Pair) -> list[int]:
     """Tensors of the base's state, and how many of them are not the plain base's."""
     ours, theirs = pair.model.base.state_dict(), pair.base.state_dict()
@@ -364,7 +389,8 @@ def compare(pair: Pair, prompt: Prompt, shows_tools: bool, ours_first: bool) -> 
 
     Returns:
         Pairs of numbers: compared and different of `forward`, `steps` (without tools) and `tokens`, seconds of model
-        and base under `seconds`; with tools `decision`, who calls under `tool_choice="auto"`.
+        and base under `seconds`; with tools `decision`, who calls under `tool_choice="auto"`, and
+        `ties`, replies that part at a near tie.
     """
     ids = pair.encode(prompt, TOOLS if shows_tools else [])
     found = _compare_calling(pair, prompt, ids, ours_first) if shows_tools else _compare_plain(pair, ids, ours_first)
@@ -415,10 +441,13 @@ def _compare_calling(pair: Pair, prompt: Prompt, ids: Tensor, ours_first: bool) 
         (False, True): "base calls, model talks",
         (True, True): "both call",
     }[calls > 0, call in reference]
-    tokens = [_tokens(ours, theirs), _tokens(free, reference) if decision == "both talk" else [0, 0]]
+    compared = [(ours, theirs), *([(free, reference)] if decision == "both talk" else [])]
+    ties = [near_tie(pair, ids, *replies) for replies in compared]
+    tokens = [_tokens(*(reply[:tie] for reply in replies)) for replies, tie in zip(compared, ties, strict=True)]
     return {
         "reply": theirs,
         "tokens": [sum(column) for column in zip(*tokens, strict=True)],
+        "ties": sum(tie is not None for tie in ties),
         "decision": decision,
         "seconds": {"reply": seconds},
     }
@@ -439,14 +468,16 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         results: of `compare`.
 
     Returns:
-        `prompts`; compared and different numbers by what is compared; prompts by `decision` where tools are shown;
-        median milliseconds of model and base and the median of their ratio, for a forward and for a reply.
+        `prompts`; compared and different numbers by what is compared; replies that part at near `ties`; prompts by
+        `decision` where tools are shown; median milliseconds of model and base and the median of their ratio, for a
+        forward and for a reply.
     """
     report: dict[str, Any] = {"prompts": len(results)}
     for name in COMPARED:
         pairs = [result[name] for result in results if name in result]
         report[name] = {"compared": sum(n for n, _ in pairs), "different": sum(n for _, n in pairs)}
     decisions = [result["decision"] for result in results if "decision" in result]
+    report["ties"] = sum(result.get("ties", 0) for result in results)
     report["decisions"] = {name: decisions.count(name) for name in sorted(set(decisions))}
     for name in ("forward", "reply"):
         seconds = [result["seconds"][name] for result in results]
@@ -471,7 +502,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         times = [row[f"{name}_ms"][kind] for name in ("forward", "reply") for kind in ("model", "base", "ratio")]
         lines.append(_line([row["model"], row["group"], row["tools"], row["prompts"], *times]))
-    lines += ["", "Left to the model whether to call, where the prompt shows tools:"]
+    ties = sum(row["ties"] for row in rows)
+    lines += ["", f"Replies that part where the plain base finds both tokens as likely: {ties}"]
+    lines += ["Left to the model whether to call, where the prompt shows tools:"]
     lines += [f"  {row['model']}, {row['group']}: {row['decisions']}" for row in rows if row["decisions"]]
     return "\n".join(lines)
 

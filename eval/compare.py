@@ -12,16 +12,20 @@ prompt. No tool is given: each decoding decides by itself whether to call and wh
 - `ar`, `verified`, `diffusion`: the `generate` of this model; the latter two with each drafter.
 
 Prints a table for each set and writes JSON and, where matplotlib is installed, a plot beside it. `verified` is checked
-against `ar` on every request. Results of an interrupted run are kept, and the same command goes on.
+against `ar` on every request. On a CPU two processes share the requests, so that 50 of each set take minutes; times are
+then those of a busy machine, the same for all. Results of an interrupted run are kept, and the same command goes on.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
 import random
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -716,9 +720,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--decodings", nargs="+", choices=names, help="by default all whose engine is installed")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--jobs", type=int, default=0, help="processes that share the requests; 0 = 2 on a CPU, else 1")
     options = parser.parse_args(arguments)
-    if options.limit < 0 or options.threads < 0:
-        parser.error("--limit and --threads are numbers from 0")
+    if options.limit < 0 or options.threads < 0 or options.jobs < 0:
+        parser.error("--limit, --threads and --jobs are numbers from 0")
+    options.jobs = options.jobs or (min(2, torch.get_num_threads()) if options.device == "cpu" else 1)
+    options.threads = options.threads or max(1, torch.get_num_threads() // options.jobs)
     wanted = [name for name in ENGINES if options.decodings is None or _uses(options.decodings, name)]
     options.versions = installed(wanted)
     missing = [name for name in wanted if name not in options.versions]
@@ -740,47 +747,116 @@ def _uses(names: Sequence[str], engine: str) -> bool:
     return any(name.split("+")[0] == engine for name in names)
 
 
-def opened(options: argparse.Namespace) -> tuple[Arena, PartialResults]:
+def opened(options: argparse.Namespace) -> tuple["Contest", PartialResults]:
     """The model with its engines, and the results so far.
 
     Raises:
         SystemExit: the model cannot be loaded, or the partial results are of another run.
     """
-    decisive = ("model", "data", "sets", "decodings", "limit", "seed", "threads", "device", "dtype")
+    decisive = ("model", "data", "sets", "decodings", "limit", "seed", "threads", "jobs", "device", "dtype")
     try:
-        shape = load(options.model, options.device, getattr(torch, options.dtype))
+        contest = Contest(options)
         store = PartialResults(options.out, {name: getattr(options, name) for name in decisive})
     except (OSError, ValueError) as error:
         raise SystemExit(f"eval.compare: {error}") from error
-    return Arena(shape.model, shape.tokenizer, list(options.versions)), store
+    return contest, store
 
 
-def run(arena: Arena, store: PartialResults, options: argparse.Namespace) -> dict[str, Any]:
+class Contest:
+    """The requests and the decodings that a command line names, in one process.
+
+    Args:
+        options: of the command line.
+
+    Raises:
+        OSError, ValueError: the model cannot be loaded.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        shape = load(options.model, options.device, getattr(torch, options.dtype))
+        self.options = options
+        self.arena = Arena(shape.model, shape.tokenizer, list(options.versions))
+        known = decodings(list(options.versions))
+        self.chosen = {name: decoding for name, decoding in known.items() if name in options.decodings}
+        self.sets: dict[str, tuple[list[Request], int]] = {}
+        self.warm = False
+
+    def requests(self, name: str) -> tuple[list[Request], int]:
+        """The requests of a set, and how many records were left out.
+
+        Raises:
+            SystemExit: all were.
+        """
+        if name not in self.sets:
+            limit = self.options.limit or sys.maxsize
+            found = requests(name, self.options.data, self.arena.tokenizer, self.arena.bench.room, limit)
+            if not found[0]:
+                raise SystemExit(f"{name}: all {found[1]} records were left out; is this the model that was meant?")
+            self.sets[name] = found
+        return self.sets[name]
+
+    def row(self, name: str, number: int) -> dict[str, Any]:
+        """What `Arena.row` gives for a request; what is set up at the first use is nobody's cost."""
+        request = self.requests(name)[0][number]
+        if not self.warm:
+            self.arena.row(request, self.chosen, random.Random(self.options.seed))
+            gc.collect()
+            self.warm = True
+        return self.arena.row(request, self.chosen, random.Random(f"{self.options.seed} {name} {number}"))
+
+
+_contest: Contest | None = None
+"""Of a process that `shared` started."""
+
+
+def _enter(options: argparse.Namespace) -> None:
+    global _contest
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked ends this one
+    torch.set_num_threads(options.threads)
+    _contest = Contest(options)
+
+
+def _row(name: str, number: int) -> dict[str, Any]:
+    assert _contest is not None
+    return _contest.row(name, number)
+
+
+def shared(
+    options: argparse.Namespace, places: Sequence[tuple[str, int]]
+) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    """Rows of requests from `options.jobs` processes, each with a model of its own, as soon as they are known.
+
+    Args:
+        options: of the command line.
+        places: set and number of each request.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=_enter, initargs=(options,)) as pool:
+        futures = {pool.submit(_row, *place): place for place in places}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run(contest: Contest, store: PartialResults, options: argparse.Namespace) -> dict[str, Any]:
     """All sets through all decodings.
 
     Returns:
         What `set_report` gives by set, with `left_out`: records whose prompt is too long or that ours refuses.
     """
+    places = [(name, number) for name in options.sets for number in range(len(contest.requests(name)[0]))]
+    missing = [place for place in places if "{} {}".format(*place) not in store]
+    here = ((place, contest.row(*place)) for place in missing)
+    rows = here if options.jobs == 1 else shared(options, missing)
+    for (name, number), row in tqdm(rows, "compare", total=len(missing), unit="request"):
+        store.put(f"{name} {number}", row)
     found: dict[str, Any] = {}
-    chosen = {name: decoding for name, decoding in decodings(options.engines).items() if name in options.decodings}
-    warm = False
     for name in options.sets:
-        limit = options.limit or sys.maxsize
-        todo, left_out = requests(name, options.data, arena.tokenizer, arena.bench.room, limit)
-        if not todo:
-            raise SystemExit(f"{name}: all {left_out} records were left out; is this the model that was meant?")
-        for number, request in enumerate(tqdm(todo, name, unit="request")):
-            key = f"{name} {number}"
-            if key in store:
-                continue
-            if not warm:
-                # What is set up at the first use is nobody's cost.
-                arena.row(request, chosen, random.Random(options.seed))
-                gc.collect()
-                warm = True
-            store.put(key, arena.row(request, chosen, random.Random(f"{options.seed} {key}")))
-        rows = [store[f"{name} {number}"] for number in range(len(todo))]
-        found[name] = {"left_out": left_out, **set_report(todo, rows, list(chosen))}
+        todo, left_out = contest.requests(name)
+        known = [store[f"{name} {number}"] for number in range(len(todo))]
+        found[name] = {"left_out": left_out, **set_report(todo, known, list(contest.chosen))}
     return found
 
 
@@ -803,24 +879,23 @@ def show(sets: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str]) -> 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(arguments)
-    options.engines = list(options.versions)
-    with threads(options.threads or torch.get_num_threads()):
-        arena, store = opened(options)
+    with threads(options.threads):
+        contest, store = opened(options)
         try:
-            sets = run(arena, store, options)
+            sets = run(contest, store, options)
         except KeyboardInterrupt:
             raise SystemExit(
                 f"Interrupted: {len(store)} requests are kept in {store.path}; the same command goes on from there."
             ) from None
-        used = torch.get_num_threads()
     measured_with = versions() | options.versions
     report = {
         "command": options.command,
         "versions": measured_with,
-        "threads": used,
+        "threads": options.threads,
+        "jobs": options.jobs,
         "device": device_name(torch.device(options.device)),
         "dtype": options.dtype,
-        "tool_call_threshold": getattr(arena.model.generation_config, "tool_call_threshold", None),
+        "tool_call_threshold": getattr(contest.arena.model.generation_config, "tool_call_threshold", None),
         "notes": NOTES,
         "sets": sets,
     }

@@ -266,11 +266,13 @@ def chat_body(result: Result) -> list[str]:
         [
             *(row["model"], row["group"], row["tools"], str(row["prompts"])),
             *(f"{row[name]['different']} of {row[name]['compared']}" for name in ("forward", "steps", "tokens")),
+            str(row["ties"]),
             "; ".join(f"{decision}: {count}" for decision, count in row["decisions"].items()),
         ]
         for row in result["rows"]
     ]
-    header = ["model", "prompts", "tools", "number", "logits of a forward", "logits of steps", "tokens", "decisions"]
+    header = ["model", "prompts", "tools", "number", "logits of a forward", "logits of steps", "tokens", "near ties"]
+    header += ["decisions"]
     times = [
         [
             *(row["model"], row["group"], row["tools"]),

@@ -226,6 +226,19 @@ def test_without_peft_the_adapter_is_left_out_by_name(
     assert [row["model"] for row in report["rows"]] == [chat.STATES[0]] * 2
 
 
+def test_replies_that_part_where_both_tokens_are_as_likely_are_told_from_others(
+    pair: chat.Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = pair.encode(CHAT, [])
+    with torch.no_grad():
+        likely = pair.base(torch.cat([ids, torch.tensor([[7]])], dim=1)).logits[0, -1].argsort(descending=True)
+    first, second, last = (int(likely[place]) for place in (0, 1, -1))
+    assert chat.near_tie(pair, ids, [7, first, 3], [7, first, 3]) is None
+    assert chat.near_tie(pair, ids, [7, first], [7, last]) is None
+    monkeypatch.setattr(chat, "NEAR_TIE", 1e9)
+    assert chat.near_tie(pair, ids, [7, first, 3], [7, second]) == 1
+
+
 def test_the_first_state_gets_all_prompts_and_the_next_the_first_of_each_group(
     pair: chat.Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

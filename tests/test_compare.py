@@ -345,7 +345,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def command(data: Path, out: Path, *options: str) -> None:
-    given = ["--data", str(data), "--out", str(out), "--sets", "simple_python", "--decodings", *FEW, "--threads", "1"]
+    given = ["--data", str(data), "--out", str(out), "--sets", "simple_python", "--decodings", *FEW, "--jobs", "1"]
     compare.main([*given, *options])
 
 
@@ -387,6 +387,24 @@ def test_the_command_writes_what_it_shows_and_goes_on_where_it_was_stopped(
     assert [path.name for path in tmp_path.iterdir()] == ["compare.json"]
 
 
+@pytest.mark.slow
+def test_processes_that_share_the_requests_give_the_same_rows(data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    arena().model.save_pretrained(model)
+    arena().tokenizer.save_pretrained(model)
+    found = {}
+    for jobs in ("1", "2"):
+        out = tmp_path / f"{jobs}.json"
+        command(data, out, "--model", str(model), "--jobs", jobs)
+        report = json.loads(out.read_text(encoding="utf-8"))
+        assert report["jobs"] == int(jobs)
+        rows = report["sets"]["simple_python"]["decodings"]
+        timed = ("ms", "ms_of_all_requests")
+        found[jobs] = {name: {key: row[key] for key in row if key not in timed} for name, row in rows.items()}
+    assert found["1"] == found["2"]
+    assert found["1"]["ar"]["requests"] == 3
+
+
 def test_verified_that_differs_from_ar_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     answers = {"ar": made_answer([]), "verified+head": made_answer([], reply=[7])}
     found = compare.set_report([made_request(calls=[])], [{"compile": {}, "answers": answers}], list(answers))
@@ -402,6 +420,7 @@ def test_verified_that_differs_from_ar_is_told(capsys: pytest.CaptureFixture[str
         (["--decodings", "raw"], "must hold ar"),
         (["--decodings", "ar", "xgrammar+jump"], "xgrammar is not installed: pip install xgrammar"),
         (["--limit", "-1"], "numbers from 0"),
+        (["--jobs", "-1"], "numbers from 0"),
     ],
 )
 def test_what_cannot_be_run_is_said_in_one_line(

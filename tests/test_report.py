@@ -101,7 +101,14 @@ def latency() -> dict[str, Any]:
 
 def chat() -> dict[str, Any]:
     same, times = {"compared": 9, "different": 0}, {"model": 2.0, "base": 1.9, "ratio": 1.05}
-    row = {"model": "as loaded", "group": "chat", "tools": "none", "prompts": 3, "decisions": {"both talk": 3}}
+    row = {
+        "model": "as loaded",
+        "group": "chat",
+        "tools": "none",
+        "prompts": 3,
+        "ties": 0,
+        "decisions": {"both talk": 3},
+    }
     row |= {"forward": same, "steps": same, "tokens": same, "forward_ms": times, "reply_ms": times}
     whole = {"base": "its own", "prompts": 3, "differences": 0, "weights": {"as loaded": same}, "rows": [row]}
     return {"command": "python -m eval.chat", **whole}
