@@ -11,6 +11,7 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import random
 import shlex
@@ -44,7 +45,7 @@ from eval.gold_choices import (
 )
 from eval.oracle_drafter import OracleDrafter
 from eval.schema_coverage import Refused
-from repo_package import ROOT, load_repo_module
+from repo_package import PACKAGE, ROOT, load_repo_module
 from training.data import read_records
 
 dialects = load_repo_module("schema_dialects")
@@ -797,6 +798,18 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep our modules from warning of every value that reaches its limit of length: weak models write many."""
+    logger = logging.getLogger(PACKAGE)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -538,10 +538,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     # Values that are cut have a column of their own; a warning of each would tear the progress bars.
     logging.getLogger(TRANSFORMERS_DYNAMIC_MODULE_NAME).setLevel(logging.ERROR)
-    try:
+    with kept.kept_when_interrupted("answers"):
         results = measure(caller, entries, checker, kept, options)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nInterrupted: {len(kept)} answers are in {kept.path}; the same command goes on.") from None
     given = sys.argv[1:] if arguments is None else arguments
     report = {"command": shlex.join(["python", "-m", "eval.bfcl", *given])}
     report |= described(options, checker, source, caller) | results

@@ -603,10 +603,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         print(f"{options.data / 'text'} holds no .jsonl.gz files: own prompts only.")
     pair = load_pair(options)
     store = PartialResults(options.out, {name: value for name, value in vars(options).items() if name != "out"})
-    try:
+    with store.kept_when_interrupted():
         report = measure(pair, prompts, store, options.seed)
-    except KeyboardInterrupt:
-        sys.exit(f"Interrupted: {len(store)} results are kept in {store.path}; the same command goes on from there.")
     report = {
         "command": command,
         "versions": versions(),

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
+from transformers import PreTrainedTokenizerFast
 
 from eval import bench_decoding, rivals
 from eval.bench_decoding import installed, load, threads
@@ -251,43 +251,6 @@ class FreeReply:
         return replace(now, written=now.written + 1, fed=True) if now.call.accept([token]) else None
 
 
-@torch.no_grad()
-def write_freely(
-    base: Any, prompt_ids: Sequence[int], reply: FreeReply, end: int, limit: int, look_up: int
-) -> list[int]:
-    """A reply of the base alone, by transformers' `generate`, greedily.
-
-    Args:
-        base: the model.
-        prompt_ids: tokens of the prompt.
-        reply: says where to stop; its masks are not asked for.
-        end: the end token.
-        limit: most tokens.
-        look_up: tokens that each prompt look-up proposes; 0 decodes token by token.
-
-    Returns:
-        Tokens of the reply.
-    """
-    follower = rivals.ConstraintProcessor(reply, len(prompt_ids), end)
-    ids = torch.tensor([list(prompt_ids)], device=base.device)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=end,
-        pad_token_id=end,
-        prompt_lookup_num_tokens=look_up or None,
-        max_matching_ngram_size=rivals.LOOK_UP_GRAM if look_up else None,
-    )
-    output = base.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([rivals.Complete(follower)]),
-    )
-    follower.follow(output)
-    return follower.taken
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Decodings
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,8 +360,9 @@ class Arena:
         """The base alone."""
         reply = FreeReply(self.bench.vocabulary, None, self.bench.limit)
         end = self.tokenizer.eos_token_id
-        tokens = write_freely(self.model.base, request.row.prompt_ids, reply, end, 4 * self.bench.limit, look_up)
-        return self._reply(tokens, reply.unfinished)
+        base, prompt, limit = self.model.base, request.row.prompt_ids, 4 * self.bench.limit
+        written = rivals.generate(base, prompt, reply, end, limit, look_up, masked=False)
+        return self._reply(written.tokens, reply.unfinished)
 
     def rival(self, request: Request, engine: str, jump: bool = False, look_up: int = 0) -> bench_decoding.Reply:
         """The base under an engine; by transformers' `generate`, or with jump-forward in a loop of its own."""
@@ -881,12 +845,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     with threads(options.threads):
         contest, store = opened(options)
-        try:
+        with store.kept_when_interrupted("requests"):
             sets = run(contest, store, options)
-        except KeyboardInterrupt:
-            raise SystemExit(
-                f"Interrupted: {len(store)} requests are kept in {store.path}; the same command goes on from there."
-            ) from None
     measured_with = versions() | options.versions
     report = {
         "command": options.command,

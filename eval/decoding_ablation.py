@@ -17,7 +17,6 @@ the factors.
 
 import argparse
 import json
-import logging
 import random
 import shlex
 import sys
@@ -37,13 +36,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.bench_decoding import load, threads
+from eval.bench_decoding import load, quiet, threads
 from eval.devices import device_name
 from eval.held_out import BFCL_FOLDER, Model, Request, gold_slots, requests
 from eval.held_out_tables import markdown
 from eval.load_metrics import load_metric
 from eval.resumable import PartialResults, evaluation_parser, versions
-from repo_package import PACKAGE, load_repo_module
+from repo_package import load_repo_module
 
 configuration = load_repo_module("configuration_smollm_diffusion")
 dialects = load_repo_module("schema_dialects")
@@ -608,29 +607,13 @@ def show(report: Mapping[str, Any]) -> None:
     print("95% intervals; * differs from the defaults (paired). Times are of what lies behind the prefill.")
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of values that reach their limit of length while the block runs: bad choices write many."""
-    logger = logging.getLogger(PACKAGE)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(arguments)
     with threads(options.threads or torch.get_num_threads()), quiet():
         model, store = opened(options)
-        try:
+        with store.kept_when_interrupted("requests"):
             found = measure(model, store, options)
-        except KeyboardInterrupt:
-            raise SystemExit(
-                f"Interrupted: {len(store)} requests are kept in {store.path}; the same command goes on from there."
-            ) from None
         used = torch.get_num_threads()
     names = ("field_mask", "string_budget", "number_budget", "array_budget")
     report = {

@@ -19,8 +19,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -474,17 +473,6 @@ def shape_of(options: argparse.Namespace) -> Shape:
         ) from error
 
 
-@contextmanager
-def kept_when_interrupted(found: PartialResults) -> Iterator[None]:
-    """End the command with one message where it is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(
-            f"\nInterrupted: {len(found)} results are kept in {found.path}; the same command goes on from there."
-        ) from None
-
-
 def run(options: argparse.Namespace, command: str) -> None:
     """Measure, print the tables, write the result and draw it.
 
@@ -510,7 +498,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         found = PartialResults(options.out, {name: getattr(options, name) for name in deciding})
     except (OSError, ValueError) as error:
         raise SystemExit(f"eval.latency: {error}") from error
-    with kept_when_interrupted(found):
+    with found.kept_when_interrupted():
         if "start" not in found:
             first = runner.run(grid.centre, maker.make(grid.centre, FIRST, FIRST))
             found.put("start", times | {"first_ms": _total(first)})

@@ -235,9 +235,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     start = time.perf_counter()
     known = len(store)
     try:
-        results = evaluate(options, store)
-    except KeyboardInterrupt:
-        sys.exit(f"Interrupted: {len(store)} results are kept in {store.path}; the same command goes on from there.")
+        with store.kept_when_interrupted():
+            results = evaluate(options, store)
     except (OSError, ValueError):
         if not len(store):  # another --model or --tasks may follow
             store.path.unlink()

@@ -9,7 +9,8 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ class PartialResults:
 
     def __getitem__(self, key: str) -> Any:
         return self._found[key]
+
+    @contextmanager
+    def kept_when_interrupted(self, what: str = "results") -> Iterator[None]:
+        """End the command with one message where the block is interrupted.
+
+        Args:
+            what: is kept, in the plural.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise SystemExit(
+                f"\nInterrupted: {len(self)} {what} are kept in {self.path}; the same command goes on from there."
+            ) from None
 
     def put(self, key: str, value: Any) -> None:
         """Keep the result of one part; `value` is JSON."""

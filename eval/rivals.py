@@ -346,7 +346,13 @@ class Complete(StoppingCriteria):
 
 @torch.no_grad()
 def generate(
-    base: Any, prompt_ids: Sequence[int], constraint: Constraint, end: int, limit: int, look_up: int = 0
+    base: Any,
+    prompt_ids: Sequence[int],
+    constraint: Constraint,
+    end: int,
+    limit: int,
+    look_up: int = 0,
+    masked: bool = True,
 ) -> Written:
     """Write arguments with transformers' own `generate`, greedily.
 
@@ -357,6 +363,7 @@ def generate(
         end: the end token.
         limit: most tokens.
         look_up: tokens that each prompt look-up proposes; 0 decodes token by token.
+        masked: the constraint masks tokens; else it only says where to stop.
 
     Returns:
         What was written.
@@ -375,7 +382,7 @@ def generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
-        logits_processor=LogitsProcessorList([processor]),
+        logits_processor=LogitsProcessorList([processor] if masked else []),
         stopping_criteria=StoppingCriteriaList([Complete(processor)]),
     )
     complete = processor.follow(output)

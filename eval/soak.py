@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import gc
 import json
-import logging
 import random
 import resource
 import sys
@@ -32,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, SmolLM3Config
 
+from eval.bench_decoding import quiet
 from eval.oracle_drafter import OracleDrafter
 from repo_package import PACKAGE, ROOT, load_repo_module
 
@@ -627,18 +627,6 @@ def load(name: str, seed: int) -> tuple[Any, PreTrainedTokenizerFast]:
         return tiny_model(seed)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return modeling.SmolLMDiffusionForCausalLM.from_pretrained(name, dtype=torch.float32).eval(), tokenizer
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep our modules from warning of every value that is cut."""
-    logger = logging.getLogger(PACKAGE)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -75,3 +75,14 @@ def test_all_commands_have_the_same_options() -> None:
     assert options.limit == 50
     assert options.out.name == "bfcl.json"
     assert {"model", "data", "limit", "seed", "threads", "device", "out"} == set(vars(options))
+
+
+def test_an_interruption_is_one_message_that_says_what_is_kept(tmp_path: Path) -> None:
+    store = PartialResults(tmp_path / "made.json", {})
+    store.put("one", 1)
+    message = r"Interrupted: 1 answers are kept in .*made\.partial\.jsonl"
+    with pytest.raises(SystemExit, match=message), store.kept_when_interrupted("answers"):
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="other"), store.kept_when_interrupted():
+        raise ValueError("other")
+    assert PartialResults(tmp_path / "made.json", {})["one"] == 1
