@@ -891,30 +891,58 @@ class SchemaGenerationMixin:
         Raises:
             ValueError: as `generate`; also an empty list of messages.
         """
-        if not messages:
+        return self.respond_batch([messages], tokenizer=tokenizer, tools=tools, **kwargs)[0]
+
+    def respond_batch(
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        *,
+        tokenizer: PreTrainedTokenizerFast,
+        tools: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> list[Reply]:
+        """Answer several conversations in one batch; each gets the reply that it would get alone.
+
+        Args:
+            conversations: the conversations, OpenAI style; each with at least one message.
+            tokenizer: this model's tokenizer.
+            tools: tools of all conversations, or a list of lists, one a conversation.
+            kwargs: as in `respond`; they hold for all conversations.
+
+        Returns:
+            The replies, in order. What a forward that serves several rows costs is counted in each of them.
+
+        Raises:
+            ValueError: as `generate`; also an empty list of messages.
+        """
+        if not all(conversations):
             raise ValueError("The list of messages is empty: pass at least one message.")
+        if not conversations:
+            return []
         template = {name: kwargs.pop(name) for name in ("date",) if name in kwargs}
         template["enable_thinking"] = kwargs.setdefault(
             "enable_thinking", bool(getattr(self.generation_config, "enable_thinking", False))
         )
-        normalised = normalise_tools(tools)
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            tools=normalised or None,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            **template,
-        ).to(self.device)
+        rows = _tools_by_row(tools, len(conversations))
+        prompts = [
+            tokenizer.apply_chat_template(
+                list(messages), tools=own or None, add_generation_prompt=True, return_dict=True, **template
+            )["input_ids"]
+            for messages, own in zip(conversations, rows, strict=True)
+        ]
+        encoded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
         kwargs["return_dict_in_generate"] = True
-        stats = GenerationStats()
-        with self._counted([stats]):
-            output = self.generate(**encoded, tools=normalised, tokenizer=tokenizer, **kwargs)
-        prompt_length = encoded["input_ids"].shape[1]
-        ids = output.sequences[0, prompt_length:].tolist()
-        row_stats = getattr(output, "stats", None)
-        trace = getattr(output, "trace", None)
-        return _reply(ids, self._vocabulary(tokenizer), row_stats[0] if row_stats else stats, trace[0] if trace else [])
+        shared = GenerationStats()
+        with self._counted([shared]):
+            output = self.generate(**encoded, tools=rows, tokenizer=tokenizer, **kwargs)
+        replies = output.sequences[:, encoded["input_ids"].shape[1] :].tolist()
+        stats = getattr(output, "stats", None) or [deepcopy(shared) for _ in replies]
+        traces = getattr(output, "trace", None) or [[] for _ in replies]
+        vocabulary, pad = self._vocabulary(tokenizer), tokenizer.pad_token_id
+        return [
+            _reply(_without_padding(ids, pad), vocabulary, row_stats, trace)
+            for ids, row_stats, trace in zip(replies, stats, traces, strict=True)
+        ]
 
     def assisted_generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate with transformers' own assisted decoding: unconstrained, drafts as its candidates.
@@ -962,11 +990,7 @@ class SchemaGenerationMixin:
             return None
         if tools is None:
             return [tools_from_prompt_ids(tokenizer, row) or [] for row in input_ids.tolist()]
-        if isinstance(tools, (list, tuple)) and tools and all(isinstance(row, (list, tuple)) for row in tools):
-            if len(tools) != len(input_ids):
-                raise ValueError(f"{len(tools)} lists of tools for {len(input_ids)} prompts: give one list a prompt.")
-            return [normalise_tools(row) for row in tools]
-        return [normalise_tools(tools)] * len(input_ids)
+        return _tools_by_row(tools, len(input_ids))
 
     def _generate_rows(
         self,
@@ -1106,6 +1130,20 @@ def _of_text(generation_config: GenerationConfig | None, kwargs: dict[str, Any])
     generation_config = deepcopy(generation_config)
     generation_config.guidance_scale = 1.0
     return {**kwargs, "generation_config": generation_config}
+
+
+def _tools_by_row(tools: Sequence[Any] | None, rows: int) -> list[list[dict[str, Any]]]:
+    """Normalised tools of every row, out of one list for all or a list of lists."""
+    if isinstance(tools, (list, tuple)) and tools and all(isinstance(row, (list, tuple)) for row in tools):
+        if len(tools) != rows:
+            raise ValueError(f"{len(tools)} lists of tools for {rows} prompts: give one list a prompt.")
+        return [normalise_tools(row) for row in tools]
+    return [normalise_tools(tools)] * rows
+
+
+def _without_padding(ids: list[int], pad: int) -> list[int]:
+    """A reply without what fills it up to the longest of its batch."""
+    return ids[: next((end for end in range(len(ids), 0, -1) if ids[end - 1] != pad), 0)]
 
 
 def _reply(ids: list[int], vocabulary: Vocabulary, stats: GenerationStats, trace: list[TraceEvent]) -> Reply:

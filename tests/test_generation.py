@@ -778,3 +778,42 @@ def test_a_prompt_longer_than_the_context_is_refused() -> None:
     with counted_forwards(model.base) as count, pytest.raises(ValueError, match="the model's context 64: shorten it"):
         respond(model, [WEATHER], messages=[{"role": "user", "content": "word " * 100}])
     assert count[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several conversations
+# ---------------------------------------------------------------------------------------------------------------------
+
+ASKED = [
+    USER,
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "is it late in Rome or in Oslo"}],
+    [{"role": "user", "content": "hello"}],
+]
+
+
+@pytest.mark.parametrize("tools", [[[WEATHER], [TIME, CLOSED], []], [WEATHER, TIME], None])
+@pytest.mark.parametrize("options", [{"tool_call_threshold": 0.0}, {"decoding": "ar", "enable_thinking": True}])
+def test_conversations_answered_together_get_the_replies_they_get_alone(tools: Any, options: dict[str, Any]) -> None:
+    modes = set()
+    for seed in range(3):
+        model, options = tiny_model(seed=seed), {**options, "max_new_tokens": 6, "max_tool_calls": 2}
+        together = model.respond_batch(ASKED, tools=tools, tokenizer=tiny_tokenizer(), **options)
+        for index, reply in enumerate(together):
+            own = tools[index] if tools and isinstance(tools[0], list) else tools
+            alone = model.respond(ASKED[index], tools=own, tokenizer=tiny_tokenizer(), **options)
+            assert reply.message == alone.message
+            assert reply.token_ids == alone.token_ids
+            assert reply.mode == alone.mode
+            assert reply.stats.base_forwards > 0
+            modes.add(reply.mode)
+    calls = tools is not None and "tool_call_threshold" in options
+    assert ("tool" in modes) == calls
+
+
+def test_no_conversation_has_no_reply_and_an_empty_one_is_refused() -> None:
+    model = shared_model()
+    assert model.respond_batch([], tokenizer=tiny_tokenizer()) == []
+    with pytest.raises(ValueError, match="list of messages is empty"):
+        model.respond_batch([USER, []], tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="2 lists of tools for 1 prompts"):
+        model.respond_batch([USER], tools=[[WEATHER], [TIME]], tokenizer=tiny_tokenizer())
