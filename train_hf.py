@@ -67,13 +67,15 @@ def train_tokenizer(run: TokenizerRun) -> None:
     logger.info("tokenizer of %d tokens saved to %s", len(tokenizer), run.output / "final")
 
 
-def with_tokenizer(train: Callable[[Any, Any], Any], source: str) -> Callable[[Any], None]:
+def with_tokenizer(train: Callable[[Any, Any], Any], *sources: str) -> Callable[[Any], None]:
     """A stage that also needs the tokenizer of the model that one of its options names."""
 
     def start(run: Any) -> None:
-        if not getattr(run, source):
-            raise ValueError(f"--{source} is missing: the folder or repo to start from, whose tokenizer is used.")
-        train(run, AutoTokenizer.from_pretrained(getattr(run, source), trust_remote_code=False))
+        source = next((getattr(run, name) for name in sources if getattr(run, name)), None)
+        if source is None:
+            names = " or ".join(f"--{name}" for name in sources)
+            raise ValueError(f"{names} is missing: the folder or repo to start from, whose tokenizer is used.")
+        train(run, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
 
     return start
 
@@ -81,7 +83,7 @@ def with_tokenizer(train: Callable[[Any, Any], Any], source: str) -> Callable[[A
 STAGES: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "tokenizer": (TokenizerRun, train_tokenizer),
     "base": (BaseRun, with_tokenizer(train_base, "tokenizer")),
-    "head": (HeadRun, with_tokenizer(train_head, "base")),
+    "head": (HeadRun, with_tokenizer(train_head, "base", "head_from")),
     "decision": (DecisionRun, with_tokenizer(train_decision, "model")),
     "adapter": (AdapterRun, with_tokenizer(train_adapter, "model")),
     "distill": (DistillRun, with_tokenizer(distill, "model")),

@@ -534,3 +534,12 @@ def test_the_real_evaluation_sets_fit_their_style(tokenizer: PreTrainedTokenizer
     assert len(rows_module.evaluation_rows(simple, tokenizer)) > 450
     seen = {call["name"] for item in held_out for call in item["calls"]}
     assert not seen & {call["name"] for item in simple for call in item["calls"]}
+
+
+def test_a_folder_without_an_evaluation_set_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"dev\.jsonl is missing .*--eval_rows 0"):
+        rows_module.dev_records(tmp_path)
+    (tmp_path / "dev").mkdir()
+    record = {"id": "1", "messages": [{"role": "user", "content": "hi"}], "tools": [], "calls": []}
+    (tmp_path / "dev" / "dev.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    assert [found["id"] for found in rows_module.dev_records(tmp_path)] == ["1"]

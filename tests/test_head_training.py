@@ -5,6 +5,7 @@ import inspect
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,25 @@ def test_a_head_goes_on_from_a_trained_one_and_refuses_another_shape(tmp_path: P
     assert weights_hash(again.base) == weights_hash(base)
     with pytest.raises(ValueError, match="has another shape than this run's"):
         head_training.fresh_model(options(tmp_path, head_num_layers=2, head_from=str(first.output / "final")))
+
+
+def test_a_whole_model_is_trained_on_with_its_own_size_and_defaults(tmp_path: Path, base: Any) -> None:
+    first = options(tmp_path, max_steps=1, eval_steps=1, eval_rows=0)
+    model = train_head(first, tiny_tokenizer())
+    model.generation_config.tool_call_threshold = 0.25
+    model.save_pretrained(first.output / "final")
+    source = {"base": "", "head_from": str(first.output / "final"), "output": tmp_path / "second"}
+    train_head(options(tmp_path, max_steps=2, eval_steps=2, eval_rows=0, **source), tiny_tokenizer())
+    load = partial(head_training.modeling.SmolLMDiffusionForCausalLM.from_pretrained, dtype=torch.float32)
+    before, after = load(first.output / "final"), load(tmp_path / "second" / "final")
+    assert after.generation_config.tool_call_threshold == 0.25
+    assert after.config.head_hidden_size == before.config.head_hidden_size
+    assert weights_hash(after.base) == weights_hash(before.base)
+    assert weights_hash(after.diffusion_head) != weights_hash(before.diffusion_head)
+    with pytest.raises(ValueError, match="has head_num_layers 1, not 2: leave it out"):
+        head_training.fresh_model(options(tmp_path, head_num_layers=2, **source))
+    with pytest.raises(ValueError, match="pass --base"):
+        head_training.fresh_model(options(tmp_path, base=""))
 
 
 def test_a_head_trains_beside_a_quantised_base_which_is_saved_as_it_is(

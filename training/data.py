@@ -265,8 +265,18 @@ def held_out_requests(data: Path | Sequence[Path]) -> list[str]:
 
 
 def dev_records(data: Path) -> list[Record]:
-    """The evaluation set of unseen tools, whole; see `is_simple` for its single calls in one turn."""
-    return [as_record(row) for row in load_file(data / "dev" / "dev.jsonl.gz").dataset]
+    """The evaluation set of unseen tools, whole; see `is_simple` for its single calls in one turn.
+
+    Raises:
+        RecordError: there is none.
+    """
+    paths = _paths(data, "dev/dev")
+    if not paths:
+        raise RecordError(
+            f"{data / 'dev' / 'dev.jsonl'} is missing (or .jsonl.gz): requests to evaluate on, whose tools are not "
+            "in train/. Put some records there, or train without evaluation: --eval_rows 0."
+        )
+    return [as_record(row) for path in paths for row in load_file(path).dataset]
 
 
 def folders_of(data: Path | Sequence[Path]) -> list[Path]:

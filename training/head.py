@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class ObjectiveRun(RunOptions):
         budgets: widths of slots: "drawn" anew for every example, or "fixed" to those of the model's config.
         quantization: "4bit" or "8bit" loads the frozen base so, with bitsandbytes; "none" in float32.
         head_only: save the head alone; loading then fetches the base from where the model's config points.
-        eval_rows: held-out requests of each set that the loss and one-step drafts are measured on.
+        eval_rows: held-out requests of each set that the loss and one-step drafts are measured on; 0 = no evaluation.
         acceptance_rows: of those, how many are generated to see what the base accepts.
     """
 
@@ -105,7 +105,8 @@ class HeadRun(ObjectiveRun):
     """Options of one run; each is an argument of `train_hf.py --stage head`.
 
     Args:
-        base: folder or repo of the frozen base.
+        base: folder or repo of the frozen base; "" = that of `head_from`, which is then trained on as it is: its config
+            says size and limits.
         head_from: folder or repo of a trained model whose head is the start, such as that on an earlier base; None =
             fresh weights.
         head_hidden_size, head_num_layers, head_num_heads: size of the head.
@@ -462,25 +463,29 @@ def metric_sums(output: Any) -> Sums:
     return dict(objective.ratios(output.sums))
 
 
+OF_CONFIG = (
+    "head_hidden_size",
+    "head_num_layers",
+    "head_num_heads",
+    "field_mask",
+    "scaffold_features",
+    "max_value_tokens",
+    "max_call_tokens",
+)
+"""Options of the run that a new model's config takes over."""
+
+
 def fresh_model(run: HeadRun) -> Any:
-    """The head to train, in float32, on the run's frozen base: fresh, or that of `head_from`.
+    """The model to train, in float32: a head on the run's base, fresh or that of `head_from`, or all of `head_from`.
 
     Raises:
-        ValueError: the run names no base, or the head of `head_from` has another shape.
+        ValueError: the run names no model to start from, or the head of `head_from` has another shape.
     """
     if not run.base:
-        raise ValueError("A head needs a base: pass --base with its folder or repo.")
+        return known_model(run)
     torch.manual_seed(run.seed)
     model = modeling.SmolLMDiffusionForCausalLM.from_base(
-        run.base,
-        **loading_arguments(run.quantization, run.bf16),
-        head_hidden_size=run.head_hidden_size,
-        head_num_layers=run.head_num_layers,
-        head_num_heads=run.head_num_heads,
-        field_mask=run.field_mask,
-        scaffold_features=run.scaffold_features,
-        max_value_tokens=run.max_value_tokens,
-        max_call_tokens=run.max_call_tokens,
+        run.base, **loading_arguments(run.quantization, run.bf16), **{name: getattr(run, name) for name in OF_CONFIG}
     )
     if run.head_from is not None:
         trained = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.head_from, dtype=torch.float32)
@@ -488,6 +493,24 @@ def fresh_model(run: HeadRun) -> Any:
             model.diffusion_head.load_state_dict(trained.diffusion_head.state_dict())
         except RuntimeError as error:
             raise ValueError(f"The head of {run.head_from} has another shape than this run's: {error}") from error
+    return model
+
+
+def known_model(run: HeadRun) -> Any:
+    """The model of `head_from`, whose config and generation config stay.
+
+    Raises:
+        ValueError: the run asks for another size or limit than the model has.
+    """
+    if run.head_from is None:
+        raise ValueError("A head needs a base: pass --base with its folder or repo, or --head_from with a whole model.")
+    arguments = loading_arguments(run.quantization, run.bf16)
+    model = modeling.SmolLMDiffusionForCausalLM.from_pretrained(run.head_from, **arguments)
+    defaults = {field.name: field.default for field in fields(run)}
+    for name in OF_CONFIG:
+        asked, found = getattr(run, name), getattr(model.config, name)
+        if asked not in (defaults[name], found):
+            raise ValueError(f"{run.head_from} has {name} {found}, not {asked}: leave it out, or pass --base too.")
     return model
 
 
@@ -507,7 +530,7 @@ def generation_defaults(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
 
 
 def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Train a fresh head on a frozen base and save it in bfloat16 under `output/final`.
+    """Train a head on a frozen base and save the model in bfloat16 under `output/final`.
 
     Args:
         run: the options.
@@ -517,7 +540,8 @@ def train_head(run: HeadRun, tokenizer: PreTrainedTokenizerFast) -> Any:
         The trained model.
     """
     model = fresh_model(run)
-    model.generation_config = generation_defaults(tokenizer)
+    if run.base:
+        model.generation_config = generation_defaults(tokenizer)
     if run.feature_cache is None:
         return fit_head(model, run, tokenizer)
     gold = GoldExamples(run, tokenizer, _vocabulary(model, tokenizer), model.config, fixed=run.cached_prompts)
