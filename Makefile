@@ -1,4 +1,5 @@
-# make demo, make test, make train-smoke, make evaluate, make report, make lint, make modeling-common-tests.
+# make demo, make test, make walkthrough, make train-smoke, make evaluate, make report, make lint, make audit,
+# make modeling-common-tests.
 # Python 3.11 or newer must be on the path.
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +8,10 @@ TYPES := .mypy_cache/package
 # Whole files per process, since the tests of a file share models; each process needs about 1 GiB.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 # What `trust_remote_code` loads; the other files at the top are commands.
-MODULES := $(filter-out train_hf.py demo.py repo_package.py,$(wildcard *.py))
+MODULES := $(filter-out app.py demo.py release.py repo_package.py serve.py train_hf.py validate_setup.py,$(wildcard *.py))
 TRANSFORMERS = $$($(BIN)/python -c "import transformers; print(transformers.__version__)")
 
-.PHONY: demo test test-all train-smoke evaluate report lint types modeling-common-tests clean
+.PHONY: demo test test-all walkthrough train-smoke evaluate report lint types audit modeling-common-tests clean
 
 # Runtime dependencies only, so that the first demo starts soon.
 demo: $(VENV)/.runtime-stamp
@@ -21,6 +22,10 @@ test: $(VENV)/.dev-stamp
 
 test-all: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# docs/walkthrough.md as it stands, in a copy of the repository: two minutes or three.
+walkthrough: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest tests/test_walkthrough.py
 
 # About two minutes: trains head and decision on made-up calls and checks what must hold.
 train-smoke: $(VENV)/.dev-stamp
@@ -42,6 +47,11 @@ evaluate: $(VENV)/.evaluation-stamp
 	$(BIN)/python -m eval.chat --threads $(THREADS)
 	$(BIN)/python -m eval.latency --threads $(THREADS)
 	$(BIN)/python -m eval.latency --shape smollm3-3b --threads $(THREADS) --out eval/results/latency_smollm3_3b.json
+	$(BIN)/python -m eval.footprint $(call limit,40) --threads $(THREADS)
+	$(BIN)/python -m eval.tool_retrieval --threads $(THREADS)
+	$(BIN)/python -m eval.load_test
+	$(BIN)/python -m eval.widget
+	$(BIN)/python -m eval.animation
 	$(BIN)/python -m eval.report
 
 # Tables, plots and metadata of README.md and docs/evaluation.md out of eval/results.
@@ -60,7 +70,11 @@ types: $(VENV)/.dev-stamp
 	touch $(TYPES)/smollm_diffusion/__init__.py
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p smollm_diffusion
 	MYPYPATH=tests:tests/common $(BIN)/mypy --explicit-package-bases \
-		$(filter-out $(MODULES),$(wildcard *.py)) $(wildcard training eval tests)
+		$(filter-out $(MODULES),$(wildcard *.py)) $(wildcard training eval serving space examples tests)
+
+# Known vulnerabilities of what is installed: a report.
+audit: $(VENV)/.dev-stamp
+	$(BIN)/python .ci/dependency_audit.py
 
 # transformers' own tests of a model class, from the source distribution of exactly the installed version.
 modeling-common-tests: $(VENV)/.dev-stamp

@@ -32,6 +32,18 @@ T = TypeVar("T")
 MASKED_ATTENTION = ("sdpa", "eager")
 # Unused storages that are kept for the next requests.
 KEPT_STORAGES = 4
+# Kinds of device that forwards are compiled on.
+COMPILED_DEVICES = ("cpu", "cuda")
+
+
+def default_mode(device: str, backend: str | Callable[..., Any] = "inductor") -> str | None:
+    """The mode of `torch.compile` on a kind of device: CUDA graphs where there are any, else torch's own default.
+
+    Args:
+        device: "cpu", "cuda" and so on.
+        backend: of `torch.compile`; only the default one records CUDA graphs.
+    """
+    return "reduce-overhead" if device == "cuda" and backend == "inductor" else None
 
 
 def _doubling(first: int, last: int) -> tuple[int, ...]:
@@ -896,7 +908,7 @@ class CompiledDecoding:
                 return None
             own = _own_code(function, f"{function.__name__}_{len(self._graphs)}")
             cuda = self.model.device.type == "cuda"
-            mode = self.mode or ("reduce-overhead" if cuda and self.backend == "inductor" else None)
+            mode = self.mode or default_mode(self.model.device.type, self.backend)
             graph = self._graphs[key] = _Graph(own, self.backend, mode, cuda)
             return graph
 
@@ -921,7 +933,7 @@ def uncompilable_parts(model: Any) -> dict[str, str]:
         getattr(part, "hf_quantizer", None) or getattr(part.config, "quantization_config", None)
         for part in (model, model.base)
     )
-    if model.device.type not in ("cpu", "cuda"):
+    if model.device.type not in COMPILED_DEVICES:
         reason = f"torch.compile is used on CPU and CUDA, not on {model.device.type}"
     elif quantised:
         reason = "the base is quantised"

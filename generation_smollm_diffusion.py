@@ -8,8 +8,8 @@ rows at a time; then text, by transformers' own generation. Text that turns into
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from threading import get_ident
 from typing import Any
 
@@ -51,7 +51,15 @@ from .prompt_cache import PromptCache, assemble
 from .reply_grammar import ReplyGrammar
 from .schema_scaffold import compile_scaffold
 from .slot_grammar import Canvas, Vocabulary
-from .tokenization_utils import THINK_END_TOKEN, THINK_TOKEN, normalise_tools, tools_from_prompt_ids
+from .tokenization_utils import (
+    THINK_END_TOKEN,
+    THINK_TOKEN,
+    TOOL_CALL_TOKEN,
+    normalise_tools,
+    thinking_from_prompt_ids,
+    tools_from_prompt_ids,
+)
+from .tool_retrieval import ToolRetriever, retrieve_tools
 
 logger = logging.get_logger(__name__)
 
@@ -179,6 +187,9 @@ def choose_tools(tools: Sequence[dict[str, Any]], tool_choice: Any) -> tuple[lis
 
     Raises:
         ValueError: an unknown `tool_choice`, one that names no given tool, or `"required"` without tools.
+
+    >>> choose_tools([{"type": "function", "function": {"name": "now"}}], "none")
+    ([], False)
     """
     names = [tool["function"]["name"] for tool in tools]
     if tool_choice in (None, "auto"):
@@ -341,6 +352,45 @@ class _NoCalls(LogitsProcessor):
         scores = scores.clone()
         # Beams of one row lie side by side.
         scores[rows.repeat_interleave(len(scores) // len(rows)).to(scores.device), self.token] = float("-inf")
+        return scores
+
+
+_SPELLED = f"{TOOL_CALL_TOKEN}\n{{".encode()
+"""What readers of text, such as `parse_response`, take for the beginning of a call."""
+
+
+@lru_cache(maxsize=2)
+def _tokens_that_spell_it(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
+    """By every beginning of the opening of a call: the ordinary tokens that would complete it."""
+    found: dict[bytes, list[int]] = {}
+    for token, spelled in enumerate(vocabulary.bytes):
+        for length in range(1, len(_SPELLED)):
+            if spelled and spelled.startswith(_SPELLED[length:]):
+                found.setdefault(_SPELLED[:length], []).append(token)
+    return found
+
+
+class _NoSpelledCalls(LogitsProcessor):
+    """Keeps a text from spelling the opening of a call in ordinary tokens.
+
+    A prompt can make the base quote one; who reads the text could not tell it from a call, and nothing would have
+    checked its name and arguments.
+
+    Args:
+        vocabulary: the tokens.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.bytes, self.completing = vocabulary.bytes, _tokens_that_spell_it(vocabulary)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for row, ids in enumerate(input_ids[:, -len(_SPELLED) :].tolist()):
+            # No byte of a text is 0xFF: it stands for tokens that are no text.
+            tail = b"".join(self.bytes[token] or b"\xff" for token in ids)
+            begun = next((start for start in self.completing if tail.endswith(start)), None)
+            if begun is not None:
+                scores = scores.clone()
+                scores[row, self.completing[begun]] = float("-inf")
         return scores
 
 
@@ -718,7 +768,10 @@ class _BatchRun:
                 inputs=ids.to(device),
                 attention_mask=mask.long().to(device),
                 past_key_values=cache.cache if columns else None,
-                logits_processor=[_NoCalls(vocabulary.call_start, silent, [row.sampled for row in rows], width)],
+                logits_processor=[
+                    _NoCalls(vocabulary.call_start, silent, [row.sampled for row in rows], width),
+                    _NoSpelledCalls(vocabulary),
+                ],
                 stopping_criteria=[_StopAt(stops)],
                 streamer=stream,
             )
@@ -843,7 +896,7 @@ class SchemaGenerationMixin:
             inputs: long [batch, prompt], or `input_ids` among the keyword arguments.
             generation_config: as in transformers; may hold our options as fields.
             tools: tools of all rows, or a list of lists, one a row; None reads them out of the prompt's `<tools>`
-                block.
+                block, and out of the same system block whether to think.
             tokenizer: the tokenizer that made the prompt; None loads the one that lies beside the model.
             kwargs: our options (see `CallOptions`) and whatever transformers' `generate` takes, which applies to text
                 replies.
@@ -859,7 +912,7 @@ class SchemaGenerationMixin:
         options = self._call_options(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         tokenizer = tokenizer if tokenizer is not None else self._own_tokenizer()
-        if kwargs.get("stop_strings") is not None:
+        if _Settings(kwargs, generation_config, self.generation_config).get("stop_strings") is not None:
             kwargs["tokenizer"] = tokenizer
         rows = None if input_ids is None else self._tools_of_rows(tools, tokenizer, input_ids)
         if input_ids is None or tokenizer is None or rows is None or not any(rows):
@@ -867,6 +920,8 @@ class SchemaGenerationMixin:
             with beside_no_compiler():
                 return super().generate(inputs, **_of_text(generation_config, kwargs))  # type: ignore[misc]
         kwargs.pop("input_ids", None)
+        if tools is None and all(thinking_from_prompt_ids(tokenizer, row) for row in input_ids.tolist()):
+            options = replace(options, enable_thinking=True)
         return self._generate_rows(input_ids, rows, tokenizer, options, generation_config, kwargs)
 
     def respond(
@@ -875,6 +930,7 @@ class SchemaGenerationMixin:
         *,
         tokenizer: PreTrainedTokenizerFast,
         tools: Sequence[Any] | None = None,
+        tool_retriever: ToolRetriever | None = None,
         **kwargs: Any,
     ) -> Reply:
         """Answer a conversation: template, `generate` and parsing in one call.
@@ -883,15 +939,18 @@ class SchemaGenerationMixin:
             messages: the conversation, OpenAI style; at least one message.
             tokenizer: this model's tokenizer.
             tools: tools as in `generate`.
+            tool_retriever: chooses among the tools those that the prompt shows; see `tool_retrieval.py`.
             kwargs: as in `generate`; `enable_thinking` and `date` go to the chat template.
 
         Returns:
             The reply.
 
         Raises:
-            ValueError: as `generate`; also an empty list of messages.
+            ValueError: as `generate`; also an empty list of messages, or a retriever that returns no tools of these.
         """
-        return self.respond_batch([messages], tokenizer=tokenizer, tools=tools, **kwargs)[0]
+        return self.respond_batch(
+            [messages], tokenizer=tokenizer, tools=tools, tool_retriever=tool_retriever, **kwargs
+        )[0]
 
     def respond_batch(
         self,
@@ -899,6 +958,7 @@ class SchemaGenerationMixin:
         *,
         tokenizer: PreTrainedTokenizerFast,
         tools: Sequence[Any] | None = None,
+        tool_retriever: ToolRetriever | None = None,
         **kwargs: Any,
     ) -> list[Reply]:
         """Answer several conversations in one batch; each gets the reply that it would get alone.
@@ -907,6 +967,7 @@ class SchemaGenerationMixin:
             conversations: the conversations, OpenAI style; each with at least one message.
             tokenizer: this model's tokenizer.
             tools: tools of all conversations, or a list of lists, one a conversation.
+            tool_retriever: as in `respond`; asked once for each conversation.
             kwargs: as in `respond`; they hold for all conversations.
 
         Returns:
@@ -924,6 +985,12 @@ class SchemaGenerationMixin:
             "enable_thinking", bool(getattr(self.generation_config, "enable_thinking", False))
         )
         rows = _tools_by_row(tools, len(conversations))
+        if tool_retriever is not None:
+            choice = self._call_options(kwargs.get("generation_config"), dict(kwargs)).tool_choice
+            rows = [
+                _retrieved(tool_retriever, messages, own, choice)
+                for messages, own in zip(conversations, rows, strict=True)
+            ]
         prompts = [
             tokenizer.apply_chat_template(
                 list(messages), tools=own or None, add_generation_prompt=True, return_dict=True, **template
@@ -955,6 +1022,15 @@ class SchemaGenerationMixin:
             What transformers' `generate` returns.
         """
         return assisted_generate(self, inputs, **kwargs)
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Absent: it would write calls as free text, past `generate` and what that guarantees.
+
+        Raises:
+            AttributeError: always, so that `transformers serve --continuous-batching` goes on without it.
+        """
+        raise AttributeError("Continuous batching would bypass this model's generate: use respond_batch or serve.py.")
 
     # --------------------------------------------------------------- parts
 
@@ -1139,6 +1215,14 @@ def _tools_by_row(tools: Sequence[Any] | None, rows: int) -> list[list[dict[str,
             raise ValueError(f"{len(tools)} lists of tools for {rows} prompts: give one list a prompt.")
         return [normalise_tools(row) for row in tools]
     return [normalise_tools(tools)] * rows
+
+
+def _retrieved(
+    retriever: ToolRetriever, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]], tool_choice: Any
+) -> list[dict[str, Any]]:
+    """Those of a conversation's tools that its prompt shows."""
+    choose_tools(tools, tool_choice)  # refuses what fits none of all tools, before most of them are left out
+    return retrieve_tools(retriever, messages, tools, tool_choice)
 
 
 def _without_padding(ids: list[int], pad: int) -> list[int]:

@@ -840,7 +840,8 @@ class SmolLMDiffusionForCausalLM(SchemaGenerationMixin, SmolLMDiffusionPreTraine
         config = copy.deepcopy(config)
         config.head_only_checkpoint = False  # true of the files, not of the model in memory
         weights_file = cached_file(source, SAFE_WEIGHTS_NAME, **lookup)
-        for name in ("revision", "subfolder", "code_revision"):
+        # AutoModel puts the revision of the head's repo into `adapter_kwargs` too; the base's has no such commit.
+        for name in ("revision", "subfolder", "code_revision", "adapter_kwargs"):
             kwargs.pop(name, None)
         model, info = cls._from_base_checkpoint(config, **kwargs)
         head_state = load_file(weights_file)

@@ -47,6 +47,10 @@ def integer_automaton(
 
     Raises:
         AutomatonTooLarge: it has more than `MAX_STATES` states, and more than 1000 multiples lie in the range.
+
+    >>> fives = integer_automaton(minimum=10, multiple_of=5)
+    >>> [number for number in range(23) if fives.accepts(str(number).encode())]
+    [10, 15, 20]
     """
     return _integers(minimum, maximum, multiple_of or 1)
 

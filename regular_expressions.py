@@ -904,6 +904,9 @@ def pattern_automaton(pattern: str) -> ByteAutomaton:
 
     Raises:
         UnsupportedPatternError: the pattern is malformed, not supported, or too large.
+
+    >>> pattern_automaton("^[a-z]+-[0-9]{2}$").accepts(b"gate-07")
+    True
     """
     if len(pattern) > _MAX_PATTERN:
         raise UnsupportedPatternError(

@@ -51,6 +51,12 @@ def normalise_schema(schema: Any, tool: str) -> tuple[dict[str, Any], tuple[Chan
 
     Raises:
         ValueError: the schema is no JSON object, contains itself, or is nested deeper than 64 levels.
+
+    >>> schema, changes = normalise_schema({"properties": {"day": {"type": "str", "nullable": True}}}, "set_alarm")
+    >>> schema
+    {'properties': {'day': {'type': ['string', 'null']}}, 'type': 'object'}
+    >>> changes[0]
+    Change(pointer='', before='{"properties": {"day": {"type": "str", "nullable": true}}}', after='{"type": "object"}')
     """
     if schema is None:
         empty = {"type": "object", "properties": {}}

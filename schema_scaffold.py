@@ -275,6 +275,14 @@ def compile_scaffold(tool: Mapping[str, Any], on_unsupported: str = "error") -> 
 
     Raises:
         UnsupportedSchemaError: the schema is malformed, over a bound, or uses a keyword that is not guaranteed.
+
+    >>> colour = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    >>> paint = compile_scaffold({"type": "function", "function": {"name": "paint", "parameters": colour}})
+    >>> argument_segments(paint, {"colour": "red"})
+    ['{"colour": "', 'red', '"}']
+    >>> argument_segments(paint, {"colour": "green"})
+    Traceback (most recent call last):
+    ValueError: 'green' at /colour does not fit the scaffold.
     """
     function = tool["function"]
     name, parameters = function["name"], function.get("parameters")

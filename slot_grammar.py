@@ -45,6 +45,8 @@ logger = logging.get_logger(__name__)
 MAX_TOKEN_BYTES = 48
 
 NEGATIVE_INFINITY = float("-inf")
+# Kinds of device that have no float64.
+NO_FLOAT64 = ("mps",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1226,14 +1228,16 @@ def slot_marginals(slot: CanvasSlot, log_probs: Tensor, fixed: Tensor, null_id: 
         null_id: id of NULL.
 
     Returns:
-        float32 [length, vocab + 2], rows sum to 1; None where no string of the slot has the fixed positions.
+        float32 [length, vocab + 2], rows sum to 1; None where no string of the slot has the fixed positions. On the
+        device of `log_probs`; on the CPU where that has no float64.
     """
     rows, known = log_probs.detach().float(), fixed.cpu().numpy()
     if slot.automaton is None:
-        return _choice_marginals(slot, rows, known)
+        return _choice_marginals(slot, _where_float64_is(rows), known)
     labels, steps = _labels_and_steps(slot.automaton, slot.max_length, slot.length)
     best = _best_tokens(slot.automaton, labels, rows, null_id).scores
-    tokens = labels.index[labels.refused :]
+    rows = _where_float64_is(rows)
+    tokens = labels.index[labels.refused :].to(rows.device)
     lengths = torch.from_numpy(labels.lengths).to(rows.device)
     spread = partial(torch.repeat_interleave, repeats=lengths, dim=1)  # from labels to their tokens
     # Each token's share of its label, relative to the label's best token, so that nothing underflows.
@@ -1258,13 +1262,18 @@ def slot_marginals(slot: CanvasSlot, log_probs: Tensor, fixed: Tensor, null_id: 
 
 def _choice_marginals(slot: CanvasSlot, rows: Tensor, known: np.ndarray) -> Tensor | None:
     assert slot.choices is not None
-    fixed = torch.from_numpy(known).to(rows.device)
-    possible = ((fixed < 0) | (slot.choices == fixed)).all(dim=1)  # [choices]
+    fixed, choices = torch.from_numpy(known).to(rows.device), slot.choices.to(rows.device)
+    possible = ((fixed < 0) | (choices == fixed)).all(dim=1)  # [choices]
     if not bool(possible.any()):
         return None
-    scores = rows.gather(1, slot.choices.T).double().nan_to_num(nan=-_EXTREME).clamp(-_EXTREME, _EXTREME)
+    scores = rows.gather(1, choices.T).double().nan_to_num(nan=-_EXTREME).clamp(-_EXTREME, _EXTREME)
     shares = scores.sum(dim=0).masked_fill(~possible, NEGATIVE_INFINITY).softmax(dim=0)
-    return torch.zeros_like(rows).scatter_add_(1, slot.choices.T, shares.float().expand(slot.length, -1))
+    return torch.zeros_like(rows).scatter_add_(1, choices.T, shares.float().expand(slot.length, -1))
+
+
+def _where_float64_is(rows: Tensor) -> Tensor:
+    """The rows on a device that knows float64, which Apple's MPS does not."""
+    return rows.cpu() if rows.device.type in NO_FLOAT64 else rows
 
 
 def _forward_backward(steps: _Steps, scores: np.ndarray) -> np.ndarray | None:

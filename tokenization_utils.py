@@ -126,6 +126,9 @@ CHAT_TEMPLATE = r"""{#- Content never becomes markup: `<` gets a mark behind it,
         {{- plain((tool.function if tool.function is defined else tool) | tojson) ~ '\n' -}}
     {%- endfor -%}
     {{- '</tools>' -}}
+{%- elif (instructions or date | default('', true) | string).endswith('/tools>') -%}
+    {#- A block of tools ends the system block; a text that only looks like one does not. -#}
+    {{- '\n' -}}
 {%- endif -%}
 {{- '<|im_end|>\n' -}}
 {%- for message in messages -%}
@@ -186,6 +189,9 @@ def call_segments(name: str, arguments: dict[str, Any]) -> list[str]:
 
     Raises:
         ValueError: the arguments are no JSON object (other types, NaN, keys that are not strings).
+
+    >>> call_segments("get_weather", {"city": "Oslo", "days": 3})[3:]
+    ['", "arguments": {"city": "', 'Oslo', '", "days": ', '3', '}}\\n', '</tool_call>']
     """
     if not isinstance(arguments, dict):
         raise ValueError(f"The arguments of a call to {name!r} must be a dict, not {type(arguments).__name__}.")
@@ -275,6 +281,9 @@ def normalise_tools(tools: Sequence[dict[str, Any] | Callable[..., Any]] | None)
 
     Raises:
         ValueError: names the index of the faulty tool and the fault.
+
+    >>> normalise_tools([{"name": "now", "input_schema": {"type": "object", "properties": {}}}])
+    [{'type': 'function', 'function': {'name': 'now', 'parameters': {'type': 'object', 'properties': {}}}}]
     """
     if tools is None:
         return []
@@ -320,6 +329,19 @@ def tools_from_prompt_ids(tokenizer: PreTrainedTokenizerFast, input_ids: Sequenc
     except json.JSONDecodeError as error:
         raise ValueError(f"The prompt's <tools> block holds a line that is not JSON ({error}): pass tools=.") from error
     return normalise_tools(tools)
+
+
+def thinking_from_prompt_ids(tokenizer: PreTrainedTokenizerFast, input_ids: Sequence[int]) -> bool:
+    """Whether a prompt of the chat template was made with `enable_thinking`, by its leading system block.
+
+    Args:
+        tokenizer: the tokenizer that made the prompt.
+        input_ids: token ids of one prompt; padding and `<|begin_of_text|>` may stand in front.
+
+    Returns:
+        True where the template asked for thinking; texts of the conversation cannot.
+    """
+    return _leading_system_text(tokenizer, input_ids).split("\n")[:2] == ["system", "Reasoning Mode: /think"]
 
 
 def build_tokenizer(base: str | Path | PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

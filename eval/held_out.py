@@ -275,7 +275,7 @@ def summary(todo: Sequence[Request], answers: Sequence[Answer], reference: Seque
     match = load_metric("call_match").compute(predictions=made, references=gold)
     right = [one.accepts(answer.calls, equal) for one, answer, equal in zip(todo, answers, match["right"], strict=True)]
     wants = [bool(request.row.calls) for request in todo]
-    tools = [json.dumps(_normal_tools(request.row), ensure_ascii=False) for request in todo]
+    tools = [json.dumps(normal_tools(request.row), ensure_ascii=False) for request in todo]
     valid = load_metric("call_validity").compute(predictions=made, tools=tools)["valid"]
     decided = load_metric("decision_roc").compute(
         predictions=[float(bool(answer.calls)) for answer in answers], references=wants, threshold=0.5
@@ -298,8 +298,8 @@ def summary(todo: Sequence[Request], answers: Sequence[Answer], reference: Seque
     }
 
 
-def _normal_tools(row: Row) -> list[dict[str, Any]]:
-    """A row's tools with schemas of draft 2020-12."""
+def normal_tools(row: Row) -> list[dict[str, Any]]:
+    """A row's tools with schemas of draft 2020-12, as the metric `call_validity` takes them."""
     functions = [tool["function"] for tool in row.tools]
     return [
         {"function": {"name": f["name"], "parameters": dialects.normalise_schema(f.get("parameters"), f["name"])[0]}}

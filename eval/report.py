@@ -1,12 +1,13 @@
 """Tables, plots and metadata of the documentation, out of the committed results: `python -m eval.report`.
 
 Reads eval/results/*.json and writes docs/evaluation.md, the pictures in docs/plots, the parts of README.md between
-`<!-- results: NAME -->` and `<!-- end of results: NAME -->`, and the `model-index` of its front matter. Of a result
-that is missing, one line says which command makes it. `--check` writes nothing and ends with status 1 where texts are
-not in step with the results; pictures are only looked for.
+`<!-- results: NAME -->` and `<!-- end of results: NAME -->`, and its front matter (`eval.card`). Of a result that is
+missing, one line says which command makes it. `--check` writes nothing and ends with status 1 where texts are not in
+step with the results; pictures are only looked for.
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -15,15 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-from eval import report_tables
-from eval.report_plots import PLOTS, Results
+from eval import report_tables, widget
+from eval.card import Results, front_matter, metadata, with_metadata
+from eval.report_plots import PLOTS
 from repo_package import ROOT
 
-MODEL_NAME = "smollm-diffusion"
-"""In the `model-index`."""
-HUB_BFCL = "gorilla-llm/Berkeley-Function-Calling-Leaderboard"
 PREFACE = (
     "# Evaluation\n\nMade by `python -m eval.report` (`make report`) out of the files in `eval/results`; do not edit. "
     "`make evaluate` measures all of it anew. The revision of a result is that which last changed its file: "
@@ -56,6 +53,11 @@ class Section:
     pictures: Sequence[str] = ()
 
 
+def shown_by(module: str) -> Callable[[Mapping[str, Any]], list[str]]:
+    """The `body` of a module of eval, imported when its result is there: it may need packages of an extra."""
+    return lambda result: importlib.import_module(f"eval.{module}").body(result)
+
+
 SECTIONS = {
     "compare": Section(
         "Ways of calling tools side by side",
@@ -78,7 +80,6 @@ SECTIONS = {
         "python -m eval.bench_decoding",
         report_tables.bench_body,
         ["forwards_tool_given"],
-        report_tables.bench_summary,
     ),
     "latency": Section("Latency", "python -m eval.latency", report_tables.latency_body, ["latency_slots"]),
     "latency_smollm3_3b": Section(
@@ -86,12 +87,21 @@ SECTIONS = {
         "python -m eval.latency --shape smollm3-3b --out eval/results/latency_smollm3_3b.json",
         report_tables.latency_body,
     ),
+    "footprint": Section("Smaller models", "python -m eval.footprint", shown_by("footprint")),
+    "footprint_compiled": Section(
+        "Compiled forwards",
+        'python -m eval.footprint --variants "float32, compiled" --limit 4 --out eval/results/footprint_compiled.json',
+        shown_by("footprint"),
+    ),
+    "load_test": Section("Serving under load", "python -m eval.load_test", shown_by("load_test")),
+    "tool_retrieval": Section("Hundreds of tools", "python -m eval.tool_retrieval", shown_by("tool_retrieval")),
     "chat": Section("Talking is untouched", "python -m eval.chat", report_tables.chat_body),
     "decision": Section("When to call", "python -m eval.decision", report_tables.decision_body, ["calibration"]),
     "decoding_ablation": Section(
         "Choices of decoding", "python -m eval.decoding_ablation", report_tables.decoding_ablation_body, ["steps"]
     ),
     "ablation": Section("Choices of training", "python -m eval.ablation", report_tables.ablation_body),
+    "widget": Section("Examples of the card's widget", "python -m eval.widget", widget.body),
     "audit": Section(
         "What training shares with evaluation",
         "python -m training.audit overlap",
@@ -210,48 +220,8 @@ def in_card() -> list[str]:
     return [name for name, section in SECTIONS.items() if section.summary is not None]
 
 
-def eval_results(results: Results) -> list[EvalResult]:
-    """The entries of the `model-index`: what `verified`, the default decoding, was measured to do.
-
-    Args:
-        results: all results; those of BFCL's categories are the official checker's.
-    """
-    found = []
-    for category, decodings in results.get("bfcl", {}).get("categories", {}).items():
-        if row := decodings.get("verified"):
-            name = f"official checker, {row['requests']} requests"
-            dataset = {"dataset_type": HUB_BFCL, "dataset_name": f"BFCL v4 {category}", "dataset_config": category}
-            found.append(_entry("accuracy", name, row["accuracy"], **dataset))
-    for split, decodings in results.get("held_out", {}).get("sets", {}).items():
-        if row := decodings.get("verified"):
-            dataset = {
-                "dataset_type": "held-out-requests",
-                "dataset_name": f"held-out requests, {split} tools",
-                "dataset_config": split,
-            }
-            count = row["requests"]
-            right, valid = round(row["right"] / count, 4), round(row["valid"] / count, 4)
-            found += [
-                _entry("exact_match", f"right, {count} requests", right, **dataset),
-                _entry("validity", "replies whose calls are all valid", valid, **dataset),
-                _entry("base_forwards", "base forwards per call", row["base_forwards_per_call"], **dataset),
-            ]
-    return found
-
-
-def _entry(metric: str, name: str, value: float, **dataset: Any) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Function calling",
-        metric_type=metric,
-        metric_name=name,
-        metric_value=value,
-        **dataset,
-    )
-
-
 def card(readme: str, results: Results) -> str:
-    """The README with its parts and its `model-index` made anew; the rest of the text as it was.
+    """The README with its parts and its metadata made anew; the rest of the text as it was.
 
     Args:
         readme: the README's text.
@@ -266,11 +236,7 @@ def card(readme: str, results: Results) -> str:
     for name in in_card():
         start, end = block(readme, name).span(1)
         readme = readme[:start] + block_text(name, results) + readme[end:]
-    made = ModelCard(readme)
-    entries = eval_results(results) or None
-    assert isinstance(made.data, ModelCardData)
-    made.data.model_name, made.data.eval_results = MODEL_NAME if entries else None, entries
-    return str(made.content)
+    return with_metadata(readme, metadata(results))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,6 +256,10 @@ def write(root: Path, results: Results) -> None:
         readme: card(readme.read_text(encoding="utf-8"), results),
         root / "docs" / "evaluation.md": document(results),
     }
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(root))
     for name, plot in PLOTS.items():
         path = root / "docs" / "plots" / f"{name}.png"
         numbers = plot.read(results)
@@ -298,10 +268,6 @@ def write(root: Path, results: Results) -> None:
             print(path.relative_to(root))
         else:
             path.unlink(missing_ok=True)
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        print(path.relative_to(root))
 
 
 def differences(root: Path, results: Results) -> list[str]:
@@ -318,8 +284,8 @@ def differences(root: Path, results: Results) -> list[str]:
         for name in in_card()
         if block(readme, name)[1] != block(wanted, name)[1]
     ]
-    if _front_matter(readme) != _front_matter(wanted):
-        found.append("README.md: the model-index is not what eval/results says, or not as huggingface_hub writes it")
+    if front_matter(readme) != front_matter(wanted):
+        found.append("README.md: the metadata is not what eval/card.py and eval/results say")
     path = root / "docs" / "evaluation.md"
     shown, made = (
         _sections(text) for text in (path.read_text(encoding="utf-8") if path.exists() else "", document(results))
@@ -331,10 +297,6 @@ def differences(root: Path, results: Results) -> list[str]:
 
 def _picture(root: Path, name: str) -> Path:
     return root / "docs" / "plots" / f"{name}.png"
-
-
-def _front_matter(readme: str) -> str:
-    return readme.split("\n---\n", 1)[0]
 
 
 def _sections(text: str) -> dict[str, str]:
@@ -358,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         found = differences(options.root, results)
     except ImportError as error:
-        sys.exit(f"eval.report: {error}: pip install matplotlib (it is part of the extra `evaluation`)")
+        sys.exit(f'eval.report: {error}: pip install -e ".[dev]", which has what all the results are shown with')
     except (OSError, ReportError) as error:
         sys.exit(f"eval.report: {error}")
     if found:

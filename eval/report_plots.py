@@ -10,10 +10,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from eval.card import Results
 from eval.compare import is_ours
-
-Results = Mapping[str, Mapping[str, Any]]
-"""Contents of the result files, by name; those that are not there are missing."""
 
 WIDTH = 8.0
 """Inches; with `DPI` the width of a README in pixels."""

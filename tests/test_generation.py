@@ -817,3 +817,27 @@ def test_no_conversation_has_no_reply_and_an_empty_one_is_refused() -> None:
         model.respond_batch([USER, []], tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="2 lists of tools for 1 prompts"):
         model.respond_batch([USER], tools=[[WEATHER], [TIME]], tokenizer=tiny_tokenizer())
+
+
+def test_thinking_is_read_out_of_the_prompt_where_its_tools_are() -> None:
+    """As `pipeline` and `transformers serve` hand it over."""
+    tokenizer, model = tiny_tokenizer(), shared_model()
+    for thinks in (False, True):
+        prompt = tokenizer.apply_chat_template(
+            USER, tools=[WEATHER], add_generation_prompt=True, enable_thinking=thinks, return_tensors="pt"
+        )["input_ids"]
+        reply = model.generate(prompt, tokenizer=tokenizer, max_new_tokens=4)[0, prompt.shape[1] :]
+        assert tokenizer.decode(reply).startswith("<think>\n") == thinks
+
+
+@pytest.mark.parametrize("tools", [None, [WEATHER]])
+def test_stop_strings_may_stand_in_the_generation_config(tools: Any) -> None:
+    tokenizer, model = tiny_tokenizer(), shared_model()
+    prompt = prompt_of(tools or [])
+    options: dict[str, Any] = {"max_new_tokens": 12, "tool_choice": "none"}
+    whole = model.generate(prompt, tools=tools, tokenizer=tokenizer, **options)[0, prompt.shape[1] :].tolist()
+    texts = [tokenizer.decode([token]) for token in whole[:-1]]
+    stop = next(text for text in texts if text.isascii() and text.isprintable() and text)
+    config = GenerationConfig(**options, stop_strings=[stop])
+    cut = model.generate(prompt, tools=tools, tokenizer=tokenizer, generation_config=config)[0, prompt.shape[1] :]
+    assert cut.tolist() == whole[: texts.index(stop) + 1]

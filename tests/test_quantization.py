@@ -1,13 +1,15 @@
 """A 4- or 8-bit base works under an unquantised head, which trains, and both kinds of checkpoint load."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from repo_package import ROOT
 from tiny_models import SmolLMDiffusionForCausalLM, random_ids, tiny_text_config, training_batch
 
 pytest.importorskip("bitsandbytes", reason="needs the quantization extra")
@@ -28,6 +30,10 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, BitsAnd
     quantization = BitsAndBytesConfig(**BITS[request.param])
     model = SmolLMDiffusionForCausalLM.from_base(tmp_path / "base", quantization_config=quantization, **HEAD)
     return model, quantization
+
+
+NEAR_TIE = 0.5
+"""In logits; rounding to 16 bits moves them by less, and where a choice is clear they are much farther apart."""
 
 
 def is_quantised(module: torch.nn.Module) -> bool:
@@ -83,3 +89,63 @@ def test_a_base_that_was_saved_quantised_is_kept(loaded: tuple[Any, BitsAndBytes
     assert not is_quantised(model.diffusion_head)
     ids = random_ids(1, 6)
     assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_head_and_embeddings_have_the_dtype_that_is_asked_for(bits: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        ROOT, trust_remote_code=True, dtype=dtype, quantization_config=BitsAndBytesConfig(**BITS[bits])
+    )
+    model.save_pretrained(tmp_path / f"saved_{bits}")
+    for loaded in (model, SmolLMDiffusionForCausalLM.from_pretrained(tmp_path / f"saved_{bits}")):
+        assert {parameter.dtype for parameter in loaded.diffusion_head.parameters()} == {dtype}
+        embeddings, output = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
+        assert embeddings.dtype == dtype
+        assert embeddings.data_ptr() == output.data_ptr()
+        layers = [module for module in loaded.base.model.modules() if isinstance(module, torch.nn.Linear)]
+        assert layers
+        assert all(is_quantised(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_verified_writes_what_ar_writes_but_for_near_ties(bits: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("evaluate", reason="eval.footprint needs the evaluation extra")
+    from eval.footprint import logit_gap
+
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city", "days"],
+    }
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}]
+    model = AutoModelForCausalLM.from_pretrained(
+        ROOT, trust_remote_code=True, dtype=dtype, quantization_config=BitsAndBytesConfig(**BITS[bits])
+    )
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=False)
+    for text in ("Will it rain in Berlin in the next 3 days?", "weather, Santa Cruz, a week"):
+        messages = [{"role": "user", "content": text}]
+        replies = [
+            model.respond(messages, tools=tools, tokenizer=tokenizer, tool_choice="required", decoding=decoding)
+            for decoding in ("verified", "ar")
+        ]
+        for reply in replies:
+            arguments = reply.message["tool_calls"][0]["function"]["arguments"]
+            assert isinstance(arguments["city"], str)
+            assert isinstance(arguments["days"], int)
+        prompt = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+        gap = logit_gap(model, prompt, *(reply.token_ids for reply in replies))
+        assert gap is None or gap < NEAR_TIE
+
+
+def test_the_code_of_the_documentation_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    text = (ROOT / "docs" / "smaller.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert float(capsys.readouterr().out.removesuffix(" MiB\n")) < 14
+    assert names["model"].compiled_decoding is not None

@@ -6,10 +6,11 @@ import re
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from eval import report
+from eval import card, report
 from repo_package import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COSTS = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
 
 
 def test_the_card_has_the_metadata_that_the_hub_reads() -> None:
@@ -18,11 +19,11 @@ def test_the_card_has_the_metadata_that_the_hub_reads() -> None:
 
 
 def test_the_results_of_the_metadata_are_those_that_were_measured() -> None:
-    measured = report.eval_results(report.read_results(ROOT))
+    measured = card.eval_results(report.read_results(ROOT))
     data = metadata_load(ROOT / "README.md")
     assert data is not None
     assert measured
-    assert model_index_to_eval_results(data["model-index"]) == (report.MODEL_NAME, measured)
+    assert model_index_to_eval_results(data["model-index"]) == (card.MODEL_NAME, measured)
 
 
 def test_tables_are_in_step_with_the_committed_results() -> None:
@@ -40,7 +41,7 @@ def test_all_figures_of_a_result_stand_in_one_place() -> None:
 
 def test_the_commands_of_the_simulations_are_shown() -> None:
     for path in (ROOT / "eval" / "results").glob("bench_decoding_simulation*.json"):
-        assert json.loads(path.read_text(encoding="utf-8"))["command"] in README
+        assert json.loads(path.read_text(encoding="utf-8"))["command"] in COSTS
 
 
 def test_no_placeholder_is_left() -> None:

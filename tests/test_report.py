@@ -1,6 +1,8 @@
 """The report: texts and pictures follow from the result files, and what is out of step is named."""
 
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from huggingface_hub import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from eval import report, report_tables
+from eval.card import MODEL_NAME
 from eval.decoding_ablation import RATES, TIMES
 from eval.report_plots import PLOTS, Plot
 
@@ -142,6 +145,13 @@ def ablation() -> dict[str, Any]:
     return {"command": "python -m eval.ablation", "versions": VERSIONS, "heads": heads}
 
 
+def widget() -> dict[str, Any]:
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+    asked = {"example_title": "A call", "messages": [{"role": "user", "content": "find it"}], "tools": [tool]}
+    answer = {"text": "<tool_call>\n{}\n</tool_call>"}
+    return {"command": "python -m eval.widget", "examples": [{**asked, "output": answer}]}
+
+
 def audit() -> dict[str, Any]:
     counts = {"exact": 2, "near": 1, "shows": 4, "calls": 3, "twins": 1}
     drop = {"request": 3, "tool": 4}
@@ -154,17 +164,27 @@ def audit() -> dict[str, Any]:
     }
 
 
-RESULTS = {
+def of_another(module: str) -> dict[str, Any]:
+    """A result whose tables are made, and tested, beside its command."""
+    return {"command": f"python -m eval.{module} --limit 4", "made by": module}
+
+
+RESULTS: dict[str, Callable[[], dict[str, Any]]] = {
     "compare": compare,
     "bfcl": bfcl,
     "held_out": held_out,
     "bench_decoding": bench_decoding,
     "latency": latency,
     "latency_smollm3_3b": latency,
+    "footprint": lambda: of_another("footprint"),
+    "footprint_compiled": lambda: of_another("footprint"),
+    "load_test": lambda: of_another("load_test"),
+    "tool_retrieval": lambda: of_another("tool_retrieval"),
     "chat": chat,
     "decision": decision,
     "decoding_ablation": decoding_ablation,
     "ablation": ablation,
+    "widget": widget,
     "audit": audit,
 }
 
@@ -172,6 +192,16 @@ RESULTS = {
 def readme(front: str = FRONT) -> str:
     parts = [f"<!-- results: {name} -->\nold\n<!-- end of results: {name} -->" for name in report.in_card()]
     return front + "\n# A model\n\n" + "\n\n- kept  \n\n".join(parts) + "\n\nThe end,\twithout more\n"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tables_of_others() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make in RESULTS.items():
+            if "made by" in make():
+                section = replace(report.SECTIONS[name], body=lambda found: [f"Shown by {found['made by']}."])
+                patch.setitem(report.SECTIONS, name, section)
+        yield
 
 
 @pytest.fixture
@@ -253,7 +283,7 @@ def test_what_is_out_of_step_is_named(root: Path, capsys: pytest.CaptureFixture[
     (root / "docs" / "plots" / "steps.png").unlink()
     said = out_of_step(root, capsys)
     assert "README.md: the part `held_out`" in said
-    assert "model-index" in said
+    assert "README.md: the metadata" in said
     assert "docs/evaluation.md: Held-out requests" in said
     assert "docs/plots/steps.png is missing" in said
     assert "`compare`" not in said
@@ -268,8 +298,18 @@ def test_a_figure_typed_by_hand_is_found(root: Path, capsys: pytest.CaptureFixtu
     run(root)
     path.write_text(path.read_text().replace("value: 0.75", "value: 0.95"))
     said = out_of_step(root, capsys)
-    assert "model-index" in said
+    assert "README.md: the metadata" in said
     assert "the part" not in said
+
+
+def test_an_answer_of_the_widget_that_the_model_did_not_give_is_found(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(root)
+    path = root / "README.md"
+    assert "    <tool_call>\n      {}\n" in path.read_text()
+    path.write_text(path.read_text().replace("      {}\n", "      {1}\n"))
+    assert "README.md: the metadata" in out_of_step(root, capsys)
 
 
 def test_check_writes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,7 +357,7 @@ def test_the_model_index_holds_measured_values_that_the_hub_can_read(root: Path)
     assert data is not None
     assert data["license"] == "apache-2.0"
     name, entries = model_index_to_eval_results(data["model-index"])
-    assert name == report.MODEL_NAME
+    assert name == MODEL_NAME
     values = {(entry.dataset_name, entry.metric_type): entry.metric_value for entry in entries}
     assert values == {
         ("BFCL v4 multiple", "accuracy"): 0.75,
@@ -336,9 +376,9 @@ def test_nothing_measured_means_no_model_index() -> None:
 
 def test_the_summary_shows_a_rival_with_fewer_forwards_or_less_time_than_ours() -> None:
     table = report_tables.compare_summary(compare())[1]
-    shown = [line.split(" | ")[1].strip("`") for line in table.splitlines()[2:]]
+    shown = [line.split(" | ")[0].strip("| `") for line in table.splitlines()[2:]]
     assert shown == ["raw", "engine+jump", "engine+jump+lookup", "ar", "verified+head"]
-    assert "| multiple | `engine+jump+lookup` | 2.5 | 0 | 95 | 4 of 4 | 1 of 4 | 2 of 4 | 12.5% |" in table
+    assert "| `engine+jump+lookup` | 4 of 4 | 2 of 4 | 2.5 | 95 |" in table
 
 
 def test_an_engine_that_refused_every_request_has_no_line_in_the_summary() -> None:

@@ -580,7 +580,7 @@ def test_many_slots_at_once_are_committed_as_each_alone(dtype: torch.dtype) -> N
 
 
 @pytest.mark.gpu
-def test_a_gpu_commits_what_the_cpu_commits() -> None:
+def test_a_gpu_commits_what_the_cpu_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = wide_tokenizer(3000)
     here, there = wide_vocabulary(), Vocabulary(tokenizer, len(tokenizer), "cuda")
     null, chance = here.size + 1, random.Random(0)
@@ -598,6 +598,32 @@ def test_a_gpu_commits_what_the_cpu_commits() -> None:
             expected = slot_marginals(slots[0], scores, fixed, null)
             found = slot_marginals(slots[1], scores.cuda(), fixed.cuda(), null)
             torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-5)
+            with monkeypatch.context() as patch:
+                patch.setattr(grammar_module, "NO_FLOAT64", ("cuda",))
+                moved = slot_marginals(slots[1], scores.cuda(), fixed.cuda(), null)
+            torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
+
+
+class Single(torch.Tensor):
+    """What a device without float64 holds."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        assert getattr(result, "dtype", None) != torch.float64, "this device has no float64"
+        return result
+
+
+@pytest.mark.parametrize("kind", ["open", "choices"])
+def test_marginals_need_no_float64_on_a_device_that_has_none(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "_where_float64_is", lambda rows: rows.as_subclass(torch.Tensor))
+    slot, tokens = small_slot("long", 4, None)
+    null = len(tokens) + 1
+    if kind == "choices":
+        slot = CanvasSlot(None, 0, 4, None, torch.tensor([[0, 1, null, null], [1, null, null, null]]), None)
+    scores, fixed = random_scores(torch.Generator(), 4, null + 1, False), torch.full((4,), -1)
+    found = slot_marginals(slot, scores.as_subclass(Single), fixed, null)
+    torch.testing.assert_close(found, slot_marginals(slot, scores, fixed, null))
 
 
 def test_a_huge_limit_leaves_out_long_tokens_and_stays_valid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 
 from .optimizers import MuonAdamW, cosine, trapezoid
 from .records import OnError
+from .release import release
 
 logger = logging.getLogger(__name__)
 
@@ -488,6 +489,28 @@ class StageTrainer(Trainer):
             return "no checkpoint was written yet."
         command = "the same command" + (" without resume_from" if self.options.resume_from else "")
         return f"{last} is whole, and {command} goes on from it."
+
+    def push_to_hub(self, repo_id: str | None = None) -> str | None:
+        """Release what the stage has saved in `output/final`; of several processes the first one does.
+
+        transformers' own would upload the folder of the run: the trained part without its code, logs, and the options
+        as a pickle.
+
+        Args:
+            repo_id: "owner/name"; None = `push_to_hub` of the options.
+
+        Returns:
+            Address of the release, on the process that made it.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `training.release.release`, or no repo is named.
+        """
+        repo_id = repo_id or self.options.push_to_hub
+        if repo_id is None:
+            raise ValueError("No repo to push to is named: pass repo_id, or set push_to_hub of the options.")
+        if not self.is_world_process_zero():
+            return None
+        return release(Path(self.args.output_dir) / "final", repo_id)
 
     # ------------------------------------------------------------------ the run
 
