@@ -25,7 +25,7 @@ MAX_REGULAR = 100_000
 """Larger files are LFS objects."""
 TOKEN = "dummy"
 """The only token that may write, and only to repos of `OWNERS`."""
-OWNERS = ("org", "me")
+OWNERS = ("org", "me", "you")
 ATTRIBUTES = ".gitattributes"
 """The file that the Hub puts into a repo when it is created."""
 

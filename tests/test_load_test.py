@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -18,6 +19,7 @@ pytest.importorskip("psutil")
 
 from eval import load_test
 from eval.load_test import Answer, Outcome, Request
+from repo_package import ROOT
 
 
 @contextmanager
@@ -203,3 +205,17 @@ def test_a_killed_replica_loses_nothing(tmp_path: Path) -> None:
     killed = rows["serve.py, batches of 8, 2 replicas, one killed"]
     assert killed["killed"]
     assert rows["serve.py, batches of 8, 2 replicas"]["batch_of_an_answer"] > 1
+
+
+def test_the_docs_say_what_was_measured() -> None:
+    result = json.loads((ROOT / "eval" / "results" / "load_test.json").read_text(encoding="utf-8"))
+    speed = {row["name"]: row["answers_per_second"] for row in result["servers"]}
+    page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+
+    def times(name: str) -> str:
+        return f"{speed[f'serve.py, {name}'] / speed[load_test.RIVAL]:.1f} times"
+
+    ours = ("batches of 8, 1 replica", "batches of 8, 2 replicas", "batches of 8, 2 replicas, one killed")
+    section = page.partition("## Under load")[2].partition("## ")[0]
+    assert re.findall(r"[\d.]+ times", section) == [*map(times, (*ours, "batches of 1, no prompt cache"))]
+    assert all(row["right"] == result["requests"] for row in result["servers"])

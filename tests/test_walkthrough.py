@@ -1,6 +1,6 @@
 """docs/walkthrough.md, run as it stands in a copy of the repository: from nothing to a released model and back.
 
-`python tests/test_walkthrough.py` runs it too, and writes the times into the page.
+`PYTHONPATH=. python tests/test_walkthrough.py` runs it too, and writes the times into the page.
 """
 
 import os
@@ -96,7 +96,7 @@ class Machine:
         for command, instead in INSTALLED.items():
             code = code.replace(f"{command}\n", f"{instead}\n")
         code = code.replace(f":{PORT}", f":{self.port}").replace(f"--port {PORT}", f"--port {self.port}")
-        shell = self.start(["bash", "-e", "-m", "-c", code])
+        shell = self.start(["bash", "-e", "-c", code])
         printed, _ = shell.communicate(timeout=500)
         assert shell.returncode == 0, f"{code}\n{printed}"
         return printed
@@ -143,8 +143,8 @@ def test_a_new_user_gets_from_nothing_to_a_released_model_and_back(tmp_path: Pat
     assert '"name": "set_alarm"' in terminal
     assert "get_weather" in client
     before, after = re.findall(r"step 1 +(\{.*)", trained)
-    assert '"amount": 6' not in before
-    assert '"item": "eggs", +"amount": 6' in after
+    assert '+"amount": 6' not in before
+    assert '+"amount": 6' in after
     asked = "'arguments': {'item': 'eggs', 'amount': 6}"
     assert asked in trained
     assert "v1" in released
