@@ -47,7 +47,7 @@ evaluate: $(VENV)/.evaluation-stamp
 	$(BIN)/python -m eval.chat --threads $(THREADS)
 	$(BIN)/python -m eval.latency --threads $(THREADS)
 	$(BIN)/python -m eval.latency --shape smollm3-3b --threads $(THREADS) --out eval/results/latency_smollm3_3b.json
-	$(BIN)/python -m eval.footprint $(call limit,40) --threads $(THREADS)
+	$(BIN)/python -m eval.footprint $(call limit,24) --threads $(THREADS)
 	$(BIN)/python -m eval.tool_retrieval --threads $(THREADS)
 	$(BIN)/python -m eval.load_test
 	$(BIN)/python -m eval.widget

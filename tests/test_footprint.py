@@ -170,3 +170,17 @@ def test_a_variant_says_how_a_user_asks_for_it() -> None:
     assert arguments["dtype"] is torch.bfloat16
     assert arguments["quantization_config"].load_in_4bit
     assert Variant("", "float32").arguments("cpu") == {"dtype": torch.float32}
+
+
+def test_the_docs_say_what_was_measured() -> None:
+    result = json.loads((ROOT / "eval" / "results" / "footprint.json").read_text(encoding="utf-8"))
+    page = " ".join((ROOT / "docs" / "smaller.md").read_text(encoding="utf-8").split())
+    found = result["variants"]
+    changed = {name: row["requests"] - row["same_calls"] for name, row in found.items()}
+    eight, four = ([f"{bits} bits, head {head}" for head in ("float32", "bfloat16")] for bits in (8, 4))
+    assert len({changed[name] for name in four}) == 1
+    said = f"bfloat16 changed the calls of {changed['bfloat16']}, 8 bits those of {changed[eight[0]]} and "
+    assert f"Of 24 requests {said}{changed[eight[1]]}, 4 bits those of {changed[four[0]]}," in page
+    times = [f"{found[name]['verified']['of_float32']:.1f}" for name in ("bfloat16", *eight, *four)]
+    assert f"bfloat16 took {times[0]} times as long, 8 bits {times[1]} and {times[2]} times" in page
+    assert f"4 bits {times[3]} and {times[4]} times" in page
