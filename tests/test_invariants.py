@@ -91,7 +91,7 @@ PROVEN = {
     ),
     "it loads from a folder, from the Hub and after saving": (
         "test_remote_code_loads_from_a_copied_folder_and_after_saving_elsewhere",
-        "test_model_and_base_load_from_a_hub_and_again_from_its_cache",
+        "test_all_of_it_loads_again_from_the_cache_without_network",
         "test_a_copy_and_a_saved_model_answer_the_same_in_a_fresh_process",
     ),
     "text of a conversation stays text": (

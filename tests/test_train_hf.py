@@ -155,7 +155,7 @@ def test_a_wrong_file_is_named_with_what_is_wrong(
         ),
         (["--stage", "practice", "--output", "o", "--config", "no/such.yaml"], "no/such.yaml"),
         (["--stage", "base", "--output", "o", "--install"], "makes no model with a head"),
-        (["--stage", "head", "--output", "o"], "--base is missing"),
+        (["--stage", "head", "--output", "o"], "--base or --head_from is missing"),
         (["--stage", "distill", "--output", "o"], "--model is missing"),
         (["--output", "o"], "--stage is missing: one of tokenizer, base, head"),
     ],
