@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SmolLM3Config
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from repo_package import ROOT
-from tiny_models import SmolLMDiffusionConfig, SmolLMDiffusionForCausalLM
+from tiny_models import SmolLMDiffusionConfig, SmolLMDiffusionForCausalLM, answering_text_config
 from tiny_tokenizer import tiny_tokenizer
 
 MODELING = ROOT / "modeling_smollm_diffusion.py"
@@ -19,19 +18,7 @@ CODE = {MODELING.name, *(Path(path).name for path in get_relative_import_files(M
 def answering_model(seed: int = 0) -> Any:
     """A random model around the tiny tokenizer."""
     torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    text_config = SmolLM3Config(
-        vocab_size=len(tokenizer) + 3,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    text_config = answering_text_config(64)
     fields = {"head_hidden_size": 64, "head_num_layers": 1, "head_num_heads": 2}
     return SmolLMDiffusionForCausalLM(SmolLMDiffusionConfig(text_config=text_config, **fields)).eval()
 

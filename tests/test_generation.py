@@ -12,7 +12,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 from torch import Tensor
-from transformers import GenerationConfig, SmolLM3Config
+from transformers import GenerationConfig
 
 import schemas
 import tiny_models
@@ -63,19 +63,7 @@ CLOSED = schemas.tool(
 def tiny_model(seed: int = 0, scale: float = 6.0, **fields: Any) -> Any:
     """A random model around the tiny tokenizer; large weights make its choices differ from place to place."""
     torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    text_config = SmolLM3Config(
-        vocab_size=len(tokenizer) + 3,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    text_config = tiny_models.answering_text_config(32)
     small = {"head_hidden_size": 32, "head_num_layers": 1, "head_num_heads": 2, "string_budget": 5, "number_budget": 5}
     limits = {"array_budget": 2, "max_value_tokens": 8, "max_call_tokens": 40}
     model = SmolLMDiffusionForCausalLM(SmolLMDiffusionConfig(text_config=text_config, **{**small, **limits, **fields}))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, SmolLM3Config
 
 from repo_package import load_repo_module
+from tiny_tokenizer import tiny_tokenizer
 
 SmolLMDiffusionConfig = load_repo_module("configuration_smollm_diffusion").SmolLMDiffusionConfig
 SmolLMDiffusionForCausalLM = load_repo_module("modeling_smollm_diffusion").SmolLMDiffusionForCausalLM
@@ -37,6 +38,23 @@ def tiny_text_config(base: str = "smollm3") -> PreTrainedConfig:
     if base == "llama":
         return LlamaConfig(**_SHAPE, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=False)
     return GPT2Config(**_SHAPE)
+
+
+def answering_text_config(hidden_size: int) -> PreTrainedConfig:
+    """Config of a tiny base around the tiny tokenizer, with room for a conversation."""
+    tokenizer = tiny_tokenizer()
+    return SmolLM3Config(
+        vocab_size=len(tokenizer) + 3,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def tiny_config(base: str = "smollm3", /, **fields: Any) -> Any:
